@@ -43,8 +43,9 @@ format: .venv/.test-installed ## Apply the formatter and the safe fixes (never t
 setup-test: .venv/.test-installed ## Install what the tests need beyond Python
 	@echo "The tests need no system package; .venv is ready."
 
+# .cache stays as well: it may hold hours of a training script's state.
 clean: ## Remove caches, builds and demo output; .venv stays
-	rm -rf .cache .mypy_cache .pytest_cache .ruff_cache build dist demo outputs workspace
+	rm -rf .mypy_cache .pytest_cache .ruff_cache build dist demo outputs workspace
 	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # ensurepip is what Debian splits off into python3.X-venv; without it `python -m venv` leaves half
@@ -66,7 +67,7 @@ clean: ## Remove caches, builds and demo output; .venv stays
 	@touch $@
 
 .venv/.demo-installed: pyproject.toml .venv/.torch-installed
-	$(PIP) install --quiet -e ".[dreambooth,vit,notebook]"
+	$(PIP) install --quiet -e ".[dreambooth,notebook]"
 	@touch $@
 
 .venv/.test-installed: pyproject.toml .venv/.torch-installed
