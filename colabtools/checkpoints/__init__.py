@@ -1,0 +1,3 @@
+"""Weight files: names of tensors per layout, and single-file checkpoints."""
+
+__all__: list[str] = []
