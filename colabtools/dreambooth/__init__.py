@@ -1,0 +1,3 @@
+"""DreamBooth training on a handful of photos: prepare, train, generate, export."""
+
+__all__: list[str] = []

@@ -1,0 +1,291 @@
+"""The training pictures of a session: photos made upright RGB squares, each with its caption."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from colabtools import images, micro
+from colabtools.dreambooth.session import create_session
+from colabtools.drive import atomic_path, sha256_of, workspace_error, write_atomic
+from colabtools.errors import DatasetError, ImageError, WorkspaceError
+from colabtools.report import get_logger, progress, save_grid
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from PIL import Image
+
+    from colabtools.dreambooth.config import PrepareConfig
+    from colabtools.dreambooth.session import Session
+    from colabtools.drive import Workspace
+
+__all__ = ["Example", "Prepared", "fingerprint", "load_examples", "prepare"]
+
+_CAPTION_SUFFIXES = (".txt", ".caption")
+_SHEET_CELL_PX = 160
+
+
+@dataclass(frozen=True)
+class Example:
+    """A training picture and its caption."""
+
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What `prepare` made: the session, its training pictures, and a contact sheet of them."""
+
+    session: Session
+    examples: tuple[Example, ...]
+    contact_sheet: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Photo:
+    """A decoded photo: what will be trained, and a small picture of what it was."""
+
+    stem: str
+    caption: str
+    square: Image.Image
+    thumbnail: Image.Image
+
+
+def prepare(workspace: Workspace, session_name: str, config: PrepareConfig) -> Prepared:
+    """Put a folder of photos into a session as upright RGB squares, with their captions.
+
+    The photos themselves are only read. Done twice with the same photos, the second time changes
+    nothing.
+
+    Raises:
+        DatasetError: there are no photos, a caption cannot be read, or the session holds other
+            pictures and `replace` is off.
+        ImageError: a photo cannot be decoded.
+        ModelError: the base model is not known.
+        SessionError: the name cannot be a folder's, or the session's record is damaged.
+        WorkspaceError: the pictures cannot be stored.
+    """
+    side = config.side
+    found = _find_photos(config.images)
+    with progress(found, desc="preparing photos", unit="photos") as paths:
+        photos = [_read_photo(path, side, config.instance_prompt) for path in paths]
+    session = create_session(workspace, session_name)
+    stored = _store(session, photos, replace=config.replace)
+    examples = load_examples(session)
+    sheet = session.logs_dir / "training_pictures.png"
+    if stored or not sheet.is_file():
+        _save_contact_sheet(session, photos, sheet)
+    session.update_record(
+        base_model=config.base_model, resolution=side, pictures=fingerprint(examples)
+    )
+    return Prepared(session=session, examples=examples, contact_sheet=sheet)
+
+
+def _find_photos(text: str) -> list[Path]:
+    try:
+        folder = micro.subject_path() if text == "demo" else Path(text).expanduser()
+        if folder.is_file():
+            raise DatasetError(f"images {str(folder)!r} is a file; give the folder that it is in")
+        if not folder.is_dir():
+            raise DatasetError(f"images {str(folder)!r} does not exist; give a folder of photos")
+        photos = sorted(_pictures_in(folder), key=lambda path: path.stem)
+    except (OSError, RuntimeError) as error:
+        raise DatasetError(f"images {text!r} cannot be read ({error}); give another folder") from (
+            error
+        )
+    if not photos:
+        suffixes = ", ".join(sorted(images.PHOTO_SUFFIXES))
+        raise DatasetError(f"no photos in {str(folder)!r}; put some of {suffixes} there")
+    stems = [photo.stem for photo in photos]
+    if twins := sorted({stem for stem in stems if stems.count(stem) > 1}):
+        raise DatasetError(
+            f"two photos in {str(folder)!r} are both called {twins[0]!r}; rename one of them"
+        )
+    return photos
+
+
+def _pictures_in(folder: Path) -> Iterable[Path]:
+    """Return the picture files of a folder; hidden ones are what a Mac or Drive leaves there."""
+    found = (path for path in folder.iterdir() if path.suffix.lower() in images.PHOTO_SUFFIXES)
+    return (path for path in found if path.is_file() and not path.name.startswith("."))
+
+
+def _read_photo(path: Path, side: int, instance_prompt: str) -> _Photo:
+    sidecars = (path.with_suffix(suffix) for suffix in _CAPTION_SUFFIXES)
+    captions = (_read_caption(sidecar) for sidecar in sidecars if sidecar.is_file())
+    caption = next(filter(None, captions), instance_prompt.strip())
+    photo = images.load_upright(path)
+    square = images.square(photo, side)
+    photo.thumbnail((2 * _SHEET_CELL_PX, 2 * _SHEET_CELL_PX))
+    return _Photo(stem=path.stem, caption=caption, square=square, thumbnail=photo)
+
+
+def _read_caption(path: Path) -> str:
+    """Return the text of a caption file on one line."""
+    try:
+        # Notepad begins its files with a byte order mark.
+        return " ".join(path.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(
+            f"caption {path} cannot be read ({error}); save it as UTF-8 text"
+        ) from error
+
+
+def _store(session: Session, photos: list[_Photo], *, replace: bool) -> bool:
+    """Put pictures and captions in place, each folder in one move; return whether any was new."""
+    pictures, captions = session.instance_images_dir, session.captions_dir
+    changed = []
+    if not _holds_pictures(pictures, photos):
+        changed.append(pictures)
+    if not _holds_captions(captions, photos):
+        changed.append(captions)
+    parts = {folder: folder.with_name(f".{folder.name}.part") for folder in changed}
+    try:
+        _make_sure_free(changed, session, replace=replace)
+        for folder, part in parts.items():
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            (_write_pictures if folder == pictures else _write_captions)(part, photos)
+        _move_aside(changed)
+        for folder, part in parts.items():
+            part.rename(folder)
+    except WorkspaceError:
+        raise
+    except OSError as error:
+        raise workspace_error("store the training pictures in", session.folder, error) from error
+    finally:
+        for part in parts.values():
+            shutil.rmtree(part, ignore_errors=True)
+    return bool(changed)
+
+
+def _holds_pictures(folder: Path, photos: list[_Photo]) -> bool:
+    """Compare pixels: the bytes of a PNG change with the library that writes it."""
+    files = {path.name: path for path in _visible(folder)}
+    wanted = {f"{photo.stem}.png": photo.square for photo in photos}
+    try:
+        return files.keys() == wanted.keys() and all(
+            _same_pixels(files[name], square) for name, square in wanted.items()
+        )
+    except ImageError:
+        return False
+
+
+def _same_pixels(path: Path, picture: Image.Image) -> bool:
+    stored = images.load_upright(path)
+    return stored.size == picture.size and stored.tobytes() == picture.tobytes()
+
+
+def _holds_captions(folder: Path, photos: list[_Photo]) -> bool:
+    files = {path.name: path for path in _visible(folder)}
+    wanted = {f"{photo.stem}.txt": photo.caption for photo in photos}
+    try:
+        return files.keys() == wanted.keys() and all(
+            _read_caption(files[name]) == caption for name, caption in wanted.items()
+        )
+    except DatasetError:
+        return False
+
+
+def _visible(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def _write_pictures(folder: Path, photos: list[_Photo]) -> None:
+    for photo in photos:
+        path = folder / f"{photo.stem}.png"
+
+        def verify(partial: Path, photo: _Photo = photo) -> None:
+            if not _same_pixels(partial, photo.square):
+                raise ImageError(f"{photo.stem}.png reads back changed; check the disk, then again")
+
+        with atomic_path(path, verify=verify) as partial:
+            photo.square.save(partial, format="PNG")
+
+
+def _write_captions(folder: Path, photos: list[_Photo]) -> None:
+    for photo in photos:
+        write_atomic(folder / f"{photo.stem}.txt", f"{photo.caption}\n".encode())
+
+
+def _make_sure_free(folders: list[Path], session: Session, *, replace: bool) -> None:
+    for folder in folders:
+        if not replace and (count := len(_visible(folder))):
+            what = "pictures" if folder == session.instance_images_dir else "captions"
+            raise DatasetError(
+                f"session {session.name!r} already holds {count} {what} that are not these; "
+                "choose another session name, or set replace to keep those aside"
+            )
+
+
+def _move_aside(folders: list[Path]) -> None:
+    """Rename folders that are there to `<name>.old-<number>`, all with the same number."""
+    number = 1
+    while any(folder.with_name(f"{folder.name}.old-{number}").exists() for folder in folders):
+        number += 1
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        elif folder.exists():
+            aside = folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
+            get_logger(__name__).info("kept the former %s as %s", folder.name, aside.name)
+
+
+def load_examples(session: Session) -> tuple[Example, ...]:
+    """Return the training pictures of a session with their captions, sorted by name.
+
+    Raises:
+        DatasetError: there are none, or a picture has no readable caption.
+        WorkspaceError: the folder cannot be read.
+    """
+    folder = session.instance_images_dir
+    try:
+        found = sorted(_pictures_in(folder)) if folder.is_dir() else []
+    except OSError as error:
+        raise workspace_error("read", folder, error) from error
+    if not found:
+        raise DatasetError(
+            f"session {session.name!r} has no training pictures; "
+            "run prepare with a folder of photos"
+        )
+    examples = []
+    for path in found:
+        caption = session.captions_dir / f"{path.stem}.txt"
+        if not caption.is_file():
+            raise DatasetError(
+                f"{path.name} of session {session.name!r} has no caption; "
+                f"write one to {caption} or run prepare again"
+            )
+        examples.append(Example(path, _read_caption(caption)))
+    return tuple(examples)
+
+
+def fingerprint(examples: tuple[Example, ...]) -> str:
+    """Return a digest of all pictures and captions."""
+    digest = hashlib.sha256()
+    for example in examples:
+        line = f"{example.path.name}\0{sha256_of(example.path)}\0{example.caption}\0"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _save_contact_sheet(session: Session, photos: list[_Photo], path: Path) -> None:
+    """Draw each photo beside what became of it, with the caption that will be trained."""
+    try:
+        session.logs_dir.mkdir(exist_ok=True)
+    except OSError as error:
+        raise workspace_error("make", session.logs_dir, error) from error
+    save_grid(
+        [[photo.thumbnail, photo.square] for photo in photos],
+        path,
+        row_titles=[f"{photo.stem}: {photo.caption}" for photo in photos],
+        column_titles=["photo", "training picture"],
+        cell_size=_SHEET_CELL_PX,
+    )

@@ -1,0 +1,64 @@
+"""The trained session as one file that the web UIs read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from colabtools.checkpoints.single_file import (
+    WrittenFile,
+    assemble_sd1,
+    save_ckpt,
+    save_safetensors,
+)
+from colabtools.dreambooth.generate import load_trained_pipeline
+from colabtools.dreambooth.session import open_session
+from colabtools.dreambooth.state import latest_trained
+from colabtools.report import get_logger
+
+if TYPE_CHECKING:
+    from colabtools.dreambooth.config import ExportConfig
+    from colabtools.drive import Workspace
+
+__all__ = ["export"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def export(workspace: Workspace, session_name: str, config: ExportConfig) -> list[WrittenFile]:
+    """Write `<session>.safetensors` and, if asked for, `<session>.ckpt` into the session's folder.
+
+    Every file is reopened and compared before it takes its name, an older one stays until then.
+
+    Raises:
+        CheckpointError: the session has no trained weights, or is not a Stable Diffusion 1.x.
+        SessionError: there is no such session.
+        WorkspaceError: there is not enough room.
+    """
+    session = open_session(workspace, session_name)
+    weights = latest_trained(session)
+    pipeline = load_trained_pipeline(weights)
+    tensors = assemble_sd1(
+        unet=pipeline.unet.state_dict(),
+        vae=pipeline.vae.state_dict(),
+        text_encoder=pipeline.text_encoder.state_dict(),
+        dtype=_DTYPES[config.dtype],
+    )
+    size_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    workspace.ensure_space(round(1.05 * size_bytes) * len(config.formats), "the exported model")
+    written = []
+    for name in config.formats:
+        path = session.folder / f"{session.name}.{name}"
+        if name == "ckpt":
+            written.append(save_ckpt(tensors, path))
+        else:
+            metadata = {"base_model": str(weights.manifest["base_model"]), "session": session.name}
+            written.append(save_safetensors(tensors, path, {**metadata, "step": str(weights.step)}))
+        get_logger(__name__).info(
+            "wrote and verified %s, %.1f MB", path, written[-1].size_bytes / 1e6
+        )
+    digests = {file.path.name: file.sha256 for file in written}
+    session.add_run({"verb": "export", "step": weights.step, **asdict(config), "sha256": digests})
+    return written
