@@ -1,0 +1,255 @@
+"""The command line: the same verbs, options and functions as the notebooks.
+
+Results go to stdout, everything else to stderr. Exit 0 done, 1 an error of ours in one line,
+2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import re
+import sys
+import types
+import typing
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import colabtools
+from colabtools import drive, headless, report
+from colabtools.dreambooth import config as dreambooth_config
+from colabtools.errors import ColabToolsError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    _Step = Callable[[drive.Workspace, str, Any], object]
+
+__all__ = ["main"]
+
+_NUMBERS = {int: "a whole number", float: "a number"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    # Not `set_defaults`: the verbs share these options, and each would set its default once more,
+    # over what was said before the verb.
+    args = argparse.Namespace(workspace="workspace", debug=False, quiet=False)
+    _parser().parse_args(_dashed(sys.argv[1:] if argv is None else argv), args)
+    report.setup_logging(debug=args.debug, quiet=args.quiet)
+    try:
+        args.run(args)
+    except (ColabToolsError, ImportError) as error:
+        if args.debug:
+            raise
+        failure = error if isinstance(error, ColabToolsError) else _missing(error)
+        sys.stderr.write(f"colabtools: {' '.join(str(failure).split())}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("colabtools: interrupted\n")
+        return 130
+    return 0
+
+
+def _missing(error: ImportError) -> MissingDependencyError:
+    return MissingDependencyError(
+        f"{error}; install the extras: pip install 'colabtools[dreambooth,notebook]'"
+    )
+
+
+def _dashed(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with the options spelled as the notebooks' fields, by underscores."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    option = re.compile(r"^--\w+(?=$|=)")
+    return [
+        option.sub(lambda match: match[0].replace("_", "-"), word) if at < end else word
+        for at, word in enumerate(argv)
+    ]
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    # Suppressed defaults let the same options stand before and after the verb.
+    add = functools.partial(shared.add_argument, default=argparse.SUPPRESS)
+    add("--workspace", metavar="DIR", help="where sessions live (default: ./workspace)")
+    add("--debug", action="store_true", help="full log and tracebacks")
+    add("--quiet", action="store_true", help="errors and results only")
+    about, *_ = (colabtools.__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser(prog="colabtools", description=about, parents=[shared])
+    version = f"colabtools {colabtools.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_run(verbs, shared)
+    _add_demo(verbs, shared)
+    _add_dreambooth(verbs, shared)
+    return parser
+
+
+def _add_run(verbs: Any, shared: argparse.ArgumentParser) -> None:
+    run = verbs.add_parser("run", parents=[shared], help="run a notebook headless")
+    run.add_argument(
+        "notebook", type=Path, metavar="NOTEBOOK", help="a notebook with a parameters cell"
+    )
+    pair = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "VALUE")}
+    run.add_argument("-p", **pair, help="set a parameter")
+    text = "the executed notebook (default: <name>.out.ipynb)"
+    run.add_argument("--out", type=Path, metavar="FILE", help=text)
+
+    def call(args: argparse.Namespace) -> None:
+        parameters, keep = dict(args.p), args.debug
+        _print(headless.run_notebook(args.notebook, parameters, out=args.out, keep_failed=keep))
+
+    run.set_defaults(run=call)
+
+
+def _add_demo(verbs: Any, shared: argparse.ArgumentParser) -> None:
+    text = "run the notebooks on the embedded models"
+    demo = verbs.add_parser("demo", parents=[shared], help=text)
+    text = "where to (default: ./demo)"
+    demo.add_argument("--out", type=Path, metavar="DIR", default=Path("demo"), help=text)
+    demo.set_defaults(run=lambda args: _print(headless.demo(args.out)))
+
+
+def _add_dreambooth(verbs: Any, shared: argparse.ArgumentParser) -> None:
+    text = "train Stable Diffusion on a handful of photos"
+    pillar = verbs.add_parser("dreambooth", help=text, description=text)
+    steps = pillar.add_subparsers(metavar="VERB", required=True)
+
+    def add(verb: str, config: type[Any], call: _Step, text: str) -> None:
+        parser = steps.add_parser(verb, parents=[shared], help=text, description=text)
+        parser.add_argument("--session", required=True, metavar="NAME", help="the session's name")
+        _add_fields(parser, config)
+
+        def run(args: argparse.Namespace) -> None:
+            names = [field.name for field in fields(config)]
+            settings = config(**{name: getattr(args, name) for name in names})
+            with _open_workspace(args.workspace) as workspace:
+                _print(call(workspace, args.session, settings))
+
+        parser.set_defaults(run=run)
+
+    prepare = "make photos upright squares with captions"
+    add("prepare", dreambooth_config.PrepareConfig, _prepare, prepare)
+    add("train", dreambooth_config.TrainConfig, _train, "train the text encoder, then the UNet")
+    add("generate", dreambooth_config.GenerateConfig, _generate, "draw with the trained session")
+    add("export", dreambooth_config.ExportConfig, _export, "write the trained model as one file")
+
+
+@contextmanager
+def _open_workspace(path: str) -> Iterator[drive.Workspace]:
+    """Open the workspace; one that was made for a command that failed and left it empty goes."""
+    existed = _exists(path)
+    workspace = drive.open_local(path)
+    try:
+        yield workspace
+    except BaseException:
+        if not existed:
+            with suppress(OSError):
+                workspace.root.rmdir()
+        raise
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # `open_local` explains
+        return True
+
+
+# Torch and diffusers take seconds to import, so each verb imports its own module when it runs.
+
+
+def _prepare(workspace: drive.Workspace, session: str, config: Any) -> object:
+    from colabtools.dreambooth.dataset import prepare
+
+    prepared = prepare(workspace, session, config)
+    return [prepared.session.instance_images_dir, prepared.contact_sheet]
+
+
+def _train(workspace: drive.Workspace, session: str, config: Any) -> object:
+    from colabtools.dreambooth.train import train
+
+    trained = train(workspace, session, config)
+    return [trained.weights.folder, trained.loss_curve]
+
+
+def _generate(workspace: drive.Workspace, session: str, config: Any) -> object:
+    from colabtools.dreambooth.generate import generate
+
+    generated = generate(workspace, session, config)
+    return [*generated.pictures, generated.grid]
+
+
+def _export(workspace: drive.Workspace, session: str, config: Any) -> object:
+    from colabtools.dreambooth.export import export
+
+    return [file.path for file in export(workspace, session, config)]
+
+
+def _print(result: object) -> None:
+    lines = result if isinstance(result, list) else [result]
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+
+
+def _add_fields(parser: argparse.ArgumentParser, config: type[Any]) -> None:
+    """Add one option for each field of a config, with its default and its docstring's text."""
+    hints = typing.get_type_hints(config)
+    texts = _field_texts(config)
+    for field in fields(config):
+        options: dict[str, Any] = {"dest": field.name, "help": texts.get(field.name, "")}
+        if field.default is MISSING:
+            options["required"] = True
+        else:
+            options["default"] = field.default
+            options["help"] += f" (default: {_default_text(field.default)})"
+        name = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(name, **options, **_value_options(hints[field.name], field.name))
+
+
+def _default_text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text.replace("%", "%%") or "none"
+
+
+def _value_options(hint: Any, name: str) -> dict[str, Any]:
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    metavar = name.upper()
+    if typing.get_origin(hint) is tuple:
+        # The config takes texts apart and checks the items.
+        return {"nargs": "+", "metavar": metavar}
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        number = next(kind for kind in typing.get_args(hint) if kind in _NUMBERS)
+        return {"type": _parse(number, auto=True), "metavar": metavar}
+    return {"type": _parse(hint), "metavar": metavar}
+
+
+def _parse(kind: Any, *, auto: bool = False) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if kind not in _NUMBERS or (auto and text == "auto"):
+            return text
+        try:
+            return kind(text)
+        except ValueError:
+            choice = " or auto" if auto else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {_NUMBERS[kind]}{choice}") from None
+
+    return parse
+
+
+def _field_texts(config: type[Any]) -> dict[str, str]:
+    """Return what the `Attributes` section of a config's docstring says of each field."""
+    _, _, section = (inspect.getdoc(config) or "").partition("Attributes:")
+    entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", section, flags=re.MULTILINE)
+    # argparse reads % as a format.
+    return {name: " ".join(text.split()).replace("%", "%%") for name, text in entries}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""The notebooks run headless, from top to bottom, on the embedded models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from colabtools import headless
+from colabtools.images import load_upright
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+SESSION = Path("Fast-Dreambooth") / "Sessions" / "my-subject"
+# Enough to run every line; how well it learns is measured elsewhere.
+SHORT = {"text_encoder_steps": "2", "unet_steps": "3", "sample_prompts": "a sks star"}
+
+
+def outputs(notebook: Path) -> list[nbformat.NotebookNode]:
+    cells = nbformat.read(notebook, as_version=4).cells
+    return [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def check_session(session: Path) -> None:
+    assert (session / "my-subject.safetensors").stat().st_size > 1e7
+    assert len(list((session / "instance_images").iterdir())) == 5
+    assert load_upright(session / "samples" / "grid.png").width > 400
+    assert load_upright(session / "logs" / "loss.png").width > 400
+
+
+@pytest.mark.slow
+def test_the_dreambooth_notebook_runs_with_plain_papermill(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar"]
+    command += [str(NOTEBOOKS / "dreambooth_training.ipynb"), str(tmp_path / "out.ipynb")]
+    for name, value in {**SHORT, "workspace_folder": str(tmp_path / "my work")}.items():
+        command += ["-p", name, value]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_session(tmp_path / "my work" / SESSION)
+
+
+@pytest.mark.slow
+def test_the_dreambooth_notebook_runs_twice_in_one_session(tmp_path: Path) -> None:
+    values = {**SHORT, "workspace_folder": str(tmp_path / "work"), "export_formats": "ckpt"}
+    notebook = NOTEBOOKS / "dreambooth_training.ipynb"
+    for number in (1, 2):
+        out = headless.run_notebook(notebook, values, out=tmp_path / f"{number}.ipynb")
+        pictures = [o for o in outputs(out) if "image/png" in o.get("data", {})]
+        assert len(pictures) == 3
+    assert (tmp_path / "work" / SESSION / "my-subject.ckpt").is_file()
+    assert len(list((tmp_path / "work" / SESSION / "checkpoints").iterdir())) == 1
