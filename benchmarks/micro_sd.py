@@ -25,7 +25,7 @@ from colabtools import images
 from colabtools.micro import sd_path, world
 from colabtools.report import save_grid
 
-STEPS, GUIDANCE = 25, 5.0
+STEPS, GUIDANCE = 25, 3.5
 
 
 def chosen_scenes(count: int, *, left_out: bool) -> list[world.Scene]:

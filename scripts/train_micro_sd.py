@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -512,7 +513,9 @@ def export(out: Path, vae: AutoencoderKL, denoiser: Denoiser, tokenizer: CLIPTok
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(out)
-    tokenizer.save_vocabulary(str(out / "tokenizer"))
+    # Readers older than the one-file form know these two.
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(Path(tokenizer.name_or_path) / name, out / "tokenizer" / name)
     for file in out.rglob("*.safetensors"):
         file.chmod(0o644)
     print(

@@ -247,7 +247,7 @@ class GenerateConfig:
     )
     seeds: tuple[int, ...] = (0, 1, 2)
     num_inference_steps: int = 25
-    guidance_scale: float = 5.0
+    guidance_scale: float = 3.5
     compare: bool = True
 
     def __post_init__(self) -> None:

@@ -41,7 +41,7 @@ def draw(
     *,
     seed: int,
     num_inference_steps: int = 25,
-    guidance_scale: float = 5.0,
+    guidance_scale: float = 3.5,
 ) -> Image.Image:
     """Return one picture; the same arguments give the same picture, whatever was drawn before."""
     device = torch_device()

@@ -30,7 +30,7 @@ __all__ = [
     "Verdict",
     "all_scenes",
     "draw_scenes",
-    "foreground_lab",
+    "foreground_crop",
     "judge",
     "random_scene",
     "render",
@@ -246,7 +246,7 @@ def draw_scenes(
     scenes: Sequence[Scene],
     *,
     num_inference_steps: int = 25,
-    guidance_scale: float = 5.0,
+    guidance_scale: float = 3.5,
 ) -> list[Image.Image]:
     """Return what a text-to-image pipeline draws for the captions; the n-th picture with seed n."""
     import torch
@@ -280,11 +280,21 @@ def judge(image: Image.Image) -> Verdict:
     return Verdict(_nearest(np.median(pixels, axis=0), COLOURS), _shape_of(region), name)
 
 
-def foreground_lab(image: Image.Image) -> NDArray[np.float64]:
-    """Return the foreground's pixels as (N, 3) L*a*b*; the background's colour if there is none."""
-    lab, background, region = _segment(image)
-    pixels: NDArray[np.float64] = lab[region] if region.any() else background[None]
-    return pixels
+def foreground_crop(image: Image.Image, side: int) -> NDArray[np.float64]:
+    """Return the square around the foreground as (side, side, 3) L*a*b*; all if there is none.
+
+    Place and size of the foreground are gone from it, so that two pictures can be compared by what
+    they show.
+    """
+    region = _segment(image)[2]
+    rows, columns = np.nonzero(region if region.any() else np.ones_like(region))
+    half = (max(np.ptp(rows), np.ptp(columns)) + 1) / 2
+    row, column = (rows.min() + rows.max() + 1) / 2, (columns.min() + columns.max() + 1) / 2
+    box = (column - half, row - half, column + half, row + half)
+    crop = image.convert("RGB").transform(
+        (side, side), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR
+    )
+    return _to_lab(np.asarray(crop))
 
 
 def _segment(
