@@ -22,7 +22,7 @@ class Base:
 
     `source` is a folder in diffusers' layout or a repository of the Hub; `resolution` the native
     picture side in pixels. The other fields are the reference training run, used wherever a setting
-    is "auto".
+    is "auto"; and `cpu_threads`, how many threads the model is worth on a CPU (None: all).
     """
 
     name: str
@@ -34,6 +34,7 @@ class Base:
     unet_steps: int = 1500
     unet_lr: float = 2e-6
     num_class_images: int = 200
+    cpu_threads: int | None = None
 
 
 BASES = {
@@ -49,6 +50,8 @@ BASES = {
             unet_steps=200,
             unet_lr=3e-4,
             num_class_images=24,
+            # Two would gain nothing and wait for each other for ages where another program runs.
+            cpu_threads=1,
         ),
         # Steps and rates: the defaults that users of the established two-stage notebook know.
         Base(name="sd-1.5", source="stable-diffusion-v1-5/stable-diffusion-v1-5", resolution=512),

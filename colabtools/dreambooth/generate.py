@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from colabtools.dreambooth.models import half_dtype, load_pipeline, torch_device
+from colabtools.dreambooth.models import (
+    half_dtype,
+    load_pipeline,
+    suitable_threads,
+    torch_device,
+)
 from colabtools.dreambooth.session import open_session
 from colabtools.dreambooth.state import latest_trained
 from colabtools.drive import atomic_path
@@ -81,34 +87,25 @@ def generate(workspace: Workspace, session_name: str, config: GenerateConfig) ->
     """
     session = open_session(workspace, session_name)
     weights = latest_trained(session)
-    pipelines = {"after": load_trained_pipeline(weights)}
-    if config.compare:
-        pipelines = {
-            "before": load_pipeline(find_base(weights.manifest["base_model"])),
-            **pipelines,
-        }
+    base = find_base(weights.manifest["base_model"])
+    pipelines = {"before": load_pipeline(base)} if config.compare else {}
+    pipelines["after"] = load_trained_pipeline(weights)
     session.samples_dir.mkdir(exist_ok=True)
     drawn: dict[tuple[str, str, int], Image.Image] = {}
     pictures = []
-    jobs = [
-        (name, prompt, seed)
-        for prompt in config.prompts
-        for name in pipelines
-        for seed in config.seeds
-    ]
-    for name, prompt, seed in progress(jobs, desc="drawing", unit="pictures"):
-        picture = draw(
-            pipelines[name],
-            prompt,
-            seed=seed,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-        )
+    jobs = list(itertools.product(config.prompts, pipelines, config.seeds))
+    for prompt, name, seed in progress(jobs, desc="drawing", unit="pictures"):
+        with suitable_threads(base):
+            picture = draw(
+                pipelines[name],
+                prompt,
+                seed=seed,
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+            )
         drawn[name, prompt, seed] = picture
-        path = (
-            session.samples_dir
-            / f"step-{weights.step:06d}-{name}-{config.prompts.index(prompt):02d}-seed{seed}.png"
-        )
+        number = config.prompts.index(prompt)
+        path = session.samples_dir / f"step-{weights.step:06d}-{name}-{number:02d}-seed{seed}.png"
         with atomic_path(path) as partial:
             picture.save(partial, format="PNG")
         pictures.append(path)

@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 
     from colabtools.registry import Base
 
-__all__ = ["Models", "encode_prompts", "half_dtype", "load_models", "load_pipeline", "torch_device"]
+__all__ = [
+    "Models",
+    "encode_prompts",
+    "half_dtype",
+    "load_models",
+    "load_pipeline",
+    "suitable_threads",
+    "torch_device",
+]
 
 
 @dataclass
@@ -57,6 +65,17 @@ def half_dtype(device: torch.device) -> torch.dtype | None:
         return None
     gpu = env.gpu()
     return torch.bfloat16 if gpu is not None and gpu.supports_bf16 else torch.float16
+
+
+@contextmanager
+def suitable_threads(base: Base) -> Iterator[None]:
+    """Let torch use as many CPU threads as the model is worth, and restore the number after."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(base.cpu_threads or threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def load_pipeline(base: Base) -> StableDiffusionPipeline:

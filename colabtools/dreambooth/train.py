@@ -12,7 +12,13 @@ from colabtools.dreambooth.cache import LatentCache
 from colabtools.dreambooth.config import plan_training
 from colabtools.dreambooth.dataset import fingerprint, load_examples
 from colabtools.dreambooth.losses import denoising_errors, dreambooth_loss
-from colabtools.dreambooth.models import encode_prompts, half_dtype, load_models, torch_device
+from colabtools.dreambooth.models import (
+    encode_prompts,
+    half_dtype,
+    load_models,
+    suitable_threads,
+    torch_device,
+)
 from colabtools.dreambooth.prior import ensure_class_images
 from colabtools.dreambooth.session import open_session
 from colabtools.dreambooth.stages import plan_stages
@@ -80,6 +86,20 @@ def train(workspace: Workspace, session_name: str, config: TrainConfig) -> Train
             "%s is trained with these settings already; set restart to do it again", done.folder
         )
         return Trained(weights=done, metrics=(), loss_curve=curve)
+    with suitable_threads(plan.base):
+        metrics, parts = _run_stages(session, plan, examples)
+    weights = save_trained(session, plan.total_steps, parts, description)
+    _write_logs(session, metrics, curve)
+    session.add_run(
+        {"verb": "train", "step": weights.step, **asdict(config), "final_loss": metrics[-1].loss}
+    )
+    return Trained(weights=weights, metrics=tuple(metrics), loss_curve=curve)
+
+
+def _run_stages(
+    session: Session, plan: TrainPlan, examples: tuple[Example, ...]
+) -> tuple[list[Metric], dict[str, dict[str, torch.Tensor]]]:
+    """Return the loss of every update, and the tensors of each network that was trained."""
     models = load_models(plan.base, torch_device())
     data = _Data.prepare(session, plan, models, examples)
     metrics: list[Metric] = []
@@ -90,12 +110,7 @@ def train(workspace: Workspace, session_name: str, config: TrainConfig) -> Train
         parts[stage.trains] = {
             name: t.detach().cpu().contiguous() for name, t in trained.state_dict().items()
         }
-    weights = save_trained(session, plan.total_steps, parts, description)
-    _write_logs(session, metrics, curve)
-    session.add_run(
-        {"verb": "train", "step": weights.step, **asdict(config), "final_loss": metrics[-1].loss}
-    )
-    return Trained(weights=weights, metrics=tuple(metrics), loss_curve=curve)
+    return metrics, parts
 
 
 def _describe(plan: TrainPlan, examples: tuple[Example, ...]) -> dict[str, Any]:
