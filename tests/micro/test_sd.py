@@ -75,7 +75,7 @@ def test_it_draws_what_it_is_asked_for(
     scenes = [scene for scene in world.all_scenes() if scene.left_out == left_out]
     order = np.random.default_rng(1).permutation(len(scenes))[:COMBINATIONS]
     asked = [scenes[i] for i in order]
-    drawn = world.draw_scenes(pipeline, asked, num_inference_steps=20)
+    drawn = world.draw_scenes(pipeline, asked)
     hits = [world.judge(p).agrees(s) for p, s in zip(drawn, asked, strict=True)]
     assert np.mean(hits) >= floor
     # The pictures follow the prompts: against one another's prompts they fail.
