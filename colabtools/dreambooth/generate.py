@@ -51,10 +51,9 @@ def draw(
 ) -> Image.Image:
     """Return one picture; the same arguments give the same picture, whatever was drawn before."""
     device = torch_device()
+    dtype = half_dtype(device)
     pipeline.to(device)
-    with torch.autocast(
-        device.type, dtype=half_dtype(device), enabled=half_dtype(device) is not None
-    ):
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         output = pipeline(
             prompt,
             num_inference_steps=num_inference_steps,
