@@ -8,6 +8,9 @@ SHELL := /bin/sh
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+# A test process for each core, and one thread in each: the models are too small for two, and two
+# that share a core wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -16,13 +19,12 @@ demo: .venv/.demo-installed ## Set up and run the notebooks headless on the embe
 	.venv/bin/colabtools demo
 
 test: .venv/.test-installed ## Set up and run the test suite
-	$(PY) -m pytest
+	$(PYTEST)
 
-# The heavy tier is tests/heavy/: its tests carry the marker `heavy`, and what needs a runtime of its
-# own builds its own environment.
-test-heavy: $(if $(wildcard tests/heavy),.venv/.test-installed) ## Run the tests of large, rarely used runtimes
-	@if [ -d tests/heavy ]; then $(PY) -m pytest -m heavy tests/heavy; \
-	else echo "Nothing is heavy yet: there is no tests/heavy, so no test was run."; fi
+# The heavy tier carries the marker `heavy`: long runs and runtimes that are large or rarely used;
+# what needs a runtime of its own builds its own environment.
+test-heavy: .venv/.test-installed ## Run the tests that take long or need large, rarely used runtimes
+	$(PYTEST) -m heavy
 
 check: lint test ## Lint, check formatting and types, and run the test suite
 

@@ -19,17 +19,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from colabtools import drive, registry
-from colabtools.dreambooth.cache import LatentCache
-from colabtools.dreambooth.config import PrepareConfig, TrainConfig
+from colabtools.dreambooth.cache import LatentCache, crop_sets
+from colabtools.dreambooth.config import PrepareConfig
 from colabtools.dreambooth.dataset import prepare
-from colabtools.dreambooth.generate import draw, load_trained_pipeline
-from colabtools.dreambooth.losses import heldout_loss
-from colabtools.dreambooth.models import encode_prompts, load_pipeline
+from colabtools.dreambooth.drawing import draw
+from colabtools.dreambooth.families import heldout_loss
+from colabtools.dreambooth.generate import load_trained_pipeline
+from colabtools.dreambooth.models import load_pipeline, wrap_pipeline
 from colabtools.dreambooth.train import train
+from colabtools.dreambooth.train_config import TrainConfig
 from colabtools.micro import world
 from colabtools.report import save_grid
 
@@ -50,11 +52,12 @@ class Heldout:
         for i, picture in enumerate(self.pictures):
             paths.append(folder / f"heldout-{i}.png")
             picture.save(paths[-1])
-        latents = LatentCache.encode(pipeline.vae, paths, desc="encoding held-out pictures").mean
+        models = wrap_pipeline(registry.BASES["micro"], pipeline, torch.device("cpu"))
+        cache = LatentCache.encode(models.vae, crop_sets(paths), desc="encoding held-out pictures")
+        latents = torch.cat([mean[:1] for mean in cache.means])
         with torch.no_grad():
-            hidden = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, self.captions)
-        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        return heldout_loss(pipeline.unet, scheduler, latents, hidden)
+            conditioning = models.family.encode_prompts(models, self.captions)
+        return heldout_loss(models, latents, conditioning)
 
 
 def heldout_subject() -> Heldout:

@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import colabtools
 from colabtools import drive, headless, report
-from colabtools.dreambooth import config as dreambooth_config
+from colabtools.dreambooth.config import (
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    PrepareConfig,
+)
+from colabtools.dreambooth.train_config import TrainConfig
 from colabtools.errors import ColabToolsError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -48,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         failure = error if isinstance(error, ColabToolsError) else _missing(error)
         sys.stderr.write(f"colabtools: {' '.join(str(failure).split())}\n")
         return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("colabtools: interrupted\n")
+    except KeyboardInterrupt as stop:
+        # Training says what it saved; a plain Ctrl-C says nothing.
+        sys.stderr.write(f"colabtools: {' '.join(str(stop).split()) or 'interrupted'}\n")
         return 130
     return 0
 
@@ -131,11 +138,11 @@ def _add_dreambooth(verbs: Any, shared: argparse.ArgumentParser) -> None:
 
         parser.set_defaults(run=run)
 
-    prepare = "make photos upright squares with captions"
-    add("prepare", dreambooth_config.PrepareConfig, _prepare, prepare)
-    add("train", dreambooth_config.TrainConfig, _train, "train the text encoder, then the UNet")
-    add("generate", dreambooth_config.GenerateConfig, _generate, "draw with the trained session")
-    add("export", dreambooth_config.ExportConfig, _export, "write the trained model as one file")
+    add("prepare", PrepareConfig, _prepare, "make photos upright pictures with captions")
+    add("train", TrainConfig, _train, "train, or go on where a run was stopped")
+    add("generate", GenerateConfig, _generate, "draw with the trained session")
+    add("evaluate", EvaluateConfig, _evaluate, "judge subject and prompts by DINO and CLIP")
+    add("export", ExportConfig, _export, "write the trained model as one file")
 
 
 @contextmanager
@@ -181,6 +188,13 @@ def _generate(workspace: drive.Workspace, session: str, config: Any) -> object:
 
     generated = generate(workspace, session, config)
     return [*generated.pictures, generated.grid]
+
+
+def _evaluate(workspace: drive.Workspace, session: str, config: Any) -> object:
+    from colabtools.dreambooth.evaluate import evaluate
+
+    evaluated = evaluate(workspace, session, config)
+    return [evaluated.report, evaluated.sheet, evaluated.chart]
 
 
 def _export(workspace: drive.Workspace, session: str, config: Any) -> object:

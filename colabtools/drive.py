@@ -22,6 +22,7 @@ from colabtools.errors import WorkspaceError
 __all__ = [
     "Workspace",
     "atomic_path",
+    "is_remote",
     "open_local",
     "sha256_of",
     "workspace_error",
@@ -52,6 +53,8 @@ _NEXT_STEPS = {
 _STORAGE_FAILURES = frozenset(
     {errno.EDQUOT, errno.EIO, errno.ENOSPC, errno.ENOTCONN, errno.EROFS, errno.ESTALE}
 )
+# Google Drive is mounted through FUSE; overlay and tmpfs, which containers use, are local.
+_REMOTE_FILE_SYSTEMS = ("9p", "afs", "ceph", "cifs", "drvfs", "fuse", "nfs", "smb")
 _OUT_OF_ROOM = frozenset({errno.EDQUOT, errno.ENOSPC})
 
 
@@ -177,6 +180,18 @@ def atomic_path(
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is behind a network, such as Google Drive, where a write takes long."""
+    import psutil
+
+    folder = Path(path).absolute()
+    mounts = [m for m in psutil.disk_partitions(all=True) if folder.is_relative_to(m.mountpoint)]
+    if not mounts:
+        return False
+    kind = max(mounts, key=lambda mount: len(mount.mountpoint)).fstype.lower()
+    return kind.startswith(_REMOTE_FILE_SYSTEMS)
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:

@@ -1,5 +1,7 @@
 """Where the code runs and on what: hosted Colab, Jupyter or a plain process; GPU, RAM, secrets.
 
+A hosted runtime is given back here as well.
+
 The only module that imports `google.colab`, and only inside functions. Each question takes a
 `Probes`, the set of things it asks the machine, so a test can answer in the machine's place.
 """
@@ -7,6 +9,7 @@ The only module that imports `google.colab`, and only inside functions. Each que
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -16,9 +19,21 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path, PurePosixPath
 
-from colabtools.errors import MissingSecretError
+from colabtools.errors import MissingSecretError, WorkspaceError
 
-__all__ = ["Gpu", "Place", "Probes", "Ram", "Where", "gpu", "in_kernel", "ram", "secret", "where"]
+__all__ = [
+    "Gpu",
+    "Place",
+    "Probes",
+    "Ram",
+    "Where",
+    "gpu",
+    "in_kernel",
+    "ram",
+    "release_runtime",
+    "secret",
+    "where",
+]
 
 _MIB = 1024**2
 _NVIDIA_SMI_TIMEOUT_S = 20.0
@@ -314,3 +329,40 @@ def _colab_secret(name: str) -> tuple[str, str]:
         kind = type(error).__name__
         return "", _COLAB_SECRET_FAILURES.get(kind, f"they cannot be read here, {kind}")
     return value, "it is empty"
+
+
+def release_runtime(probes: Probes | None = None) -> bool:
+    """Give a hosted Colab runtime back, which ends this Python; False where that is not possible.
+
+    First it waits until everything that was written to a mounted Google Drive has arrived there.
+    The runtime's own disk is lost.
+
+    Raises:
+        WorkspaceError: not everything has arrived; the runtime is kept.
+    """
+    log = logging.getLogger(__name__)
+    if where(probes).place is not Place.COLAB:
+        log.info("there is no hosted runtime to give back here")
+        return False
+    from google.colab import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        drive,
+        runtime,
+    )
+
+    try:
+        drive.flush_and_unmount()
+    except Exception as error:  # a ValueError without the reason, or whatever a child fails with
+        raise WorkspaceError(
+            f"Google Drive has not taken everything that was written ({error}), so the runtime is "
+            "kept; look at the files on Drive, then disconnect it yourself in the menu Runtime"
+        ) from error
+    log.info("giving the runtime back")
+    try:
+        runtime.unassign()
+    except Exception as error:  # its errors are classes of google.colab, or of a HTTP library
+        log.warning(
+            "the runtime could not be given back (%s); disconnect it yourself in the menu Runtime",
+            error,
+        )
+        return False
+    return True

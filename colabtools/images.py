@@ -1,18 +1,20 @@
-"""Photos made ready: upright, RGB, square."""
+"""Photos made ready: upright, RGB, of the shape that training wants."""
 
 from __future__ import annotations
 
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from colabtools.errors import ImageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from PIL import Image
 
-__all__ = ["PHOTO_SUFFIXES", "load_upright", "square"]
+__all__ = ["PHOTO_SUFFIXES", "fit", "load_upright", "square", "upright_size"]
 
 PHOTO_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -29,6 +31,8 @@ _TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
+# Those that exchange width and height.
+_SIDEWAYS = frozenset({5, 6, 7, 8})
 
 
 def load_upright(path: Path) -> Image.Image:
@@ -40,6 +44,30 @@ def load_upright(path: Path) -> Image.Image:
     Raises:
         ImageError: the file cannot be decoded to the end.
     """
+    with _opened(path) as image:
+        image.load()
+        upright = _to_rgb(_turn(image))
+    upright.info = {}
+    return upright
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return width and height of a photo as `load_upright` gives it, from the file's head alone.
+
+    Raises:
+        ImageError: the head cannot be read; damage further on may not be seen.
+    """
+    with _opened(path) as image:
+        if image.format == "TIFF":  # which Pillow turns by itself, but only when it decodes
+            image.load()
+        width, height = image.size
+        sideways = _orientation(image) in _SIDEWAYS
+    return (height, width) if sideways else (width, height)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open a picture for the block; what breaks in it is an ImageError of one line."""
     from PIL import Image
 
     try:
@@ -47,27 +75,29 @@ def load_upright(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                image.load()
-                upright = _to_rgb(_turn(image))
+                yield image
     except Exception as error:  # decoders meet damage with whatever breaks first
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(
             f"{path.name} cannot be read as a picture ({reason}); "
             f"remove it from {path.parent} or replace it with a JPEG or PNG"
         ) from error
-    upright.info = {}
-    return upright
 
 
 def _turn(image: Image.Image) -> Image.Image:
     from PIL import Image
 
+    turn = _TURNS.get(_orientation(image))
+    return image.transpose(Image.Transpose[turn]) if turn else image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 0 where there is none."""
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # damaged EXIF spoils no pixel
-        return image
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-    return image.transpose(Image.Transpose[turn]) if turn else image
+        return 0
+    return orientation if isinstance(orientation, int) else 0
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -101,10 +131,22 @@ def _wide_grey(image: Image.Image) -> Image.Image:
 
 def square(image: Image.Image, size: int) -> Image.Image:
     """Return the centred square of a picture, `size` x `size` pixels, by one Lanczos resize."""
+    return fit(image, size, size)
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Return the largest centred part of a picture that has this shape, as `width` x `height`.
+
+    The part has whole pixels of the picture's own resolution and is resized once (Lanczos).
+    """
     from PIL import Image
 
-    side = min(image.size)
+    cut = [image.width, image.height]
+    if image.width * height > image.height * width:
+        cut[0] = max(1, round(image.height * width / height))
+    else:
+        cut[1] = max(1, round(image.width * height / width))
     # Whole pixels: half a pixel of shift would blur a picture that need not be resized.
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.LANCZOS, box)
+    left, top = (image.width - cut[0]) // 2, (image.height - cut[1]) // 2
+    box = (left, top, left + cut[0], top + cut[1])
+    return image.resize((width, height), Image.Resampling.LANCZOS, box)

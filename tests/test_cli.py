@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
-import json
 import logging
 import os
-import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,13 +21,15 @@ from PIL import Image
 import colabtools
 from colabtools import cli, drive, headless, report
 from colabtools.dreambooth import config
-from colabtools.errors import ColabToolsError, SessionError
+from colabtools.dreambooth.train_config import TrainConfig
+from colabtools.errors import ColabToolsError, MissingDependencyError, SessionError
 
 VERBS = {
+    "evaluate": config.EvaluateConfig,
     "export": config.ExportConfig,
     "generate": config.GenerateConfig,
     "prepare": config.PrepareConfig,
-    "train": config.TrainConfig,
+    "train": TrainConfig,
 }
 PREPARE = ["dreambooth", "prepare", "--session", "dog", "--images", "demo"]
 Seen = list[tuple[Path, str, Any]]
@@ -156,6 +158,9 @@ def test_exit_0_prints_each_result_on_a_line(
         (["dreambooth", "train", "--session", "dog", "--unet-steps", "1.5"], "or auto"),
         (["dreambooth", "train", "--session", "dog", "--seed", "auto"], "a whole number"),
         (["dreambooth", "train", "--session", "dog", "--unet-lr", "fast"], "a number or auto"),
+        (["dreambooth", "train", "--session", "dog", "--lora-alpha", "big"], "a number or auto"),
+        (["dreambooth", "train", "--session", "dog", "--restart"], "--restart"),
+        (["dreambooth", "train", "--session", "dog", "--resume"], "--resume"),
         (["dreambooth", "train", "--session", "-x"], "--session"),
         (["run"], "NOTEBOOK"),
         (["run", "a.ipynb", "-p", "name"], "-p"),
@@ -194,13 +199,39 @@ def test_the_usual_workspace_is_in_the_folder_we_are_in(folder: Path, seen: Seen
     assert seen[0][0] == folder / "workspace"
 
 
+SEEDS = (["3,4", "5"], (3, 4, 5))
 ALL_OPTIONS = {
-    "export": {"formats": (["ckpt", "safetensors"], ("ckpt", "safetensors")), "dtype": "bf16"},
-    "generate": {
-        "prompts": (["a dog | a cat", "a cow"], ("a dog", "a cat", "a cow")),
-        "seeds": (["3,4", "5"], (3, 4, 5)),
+    "evaluate": {
+        "token": "xyz",
+        "class_name": "dog",
+        "prompts": (
+            ["a {token} {class}|{class} {token}"],
+            ("a {token} {class}", "{class} {token}"),
+        ),
+        "prompts_file": "",
+        "seeds": SEEDS,
+        "class_images": 0,
+        "step": 200,
         "num_inference_steps": 7,
         "guidance_scale": 2.5,
+        "resolution": 128,
+        "dino_model": "my dino",
+        "clip_model": "my/clip",
+    },
+    "export": {
+        "formats": (["ckpt", "safetensors"], ("ckpt", "safetensors")),
+        "dtype": "bf16",
+        "disconnect": True,
+    },
+    "generate": {
+        "prompts": (["a dog | a cat", "a cow"], ("a dog", "a cat", "a cow")),
+        "prompts_file": "",
+        "negative_prompt": "rain",
+        "seeds": SEEDS,
+        "step": 200,
+        "num_inference_steps": 7,
+        "guidance_scale": 2.5,
+        "resolution": 128,
         "compare": False,
     },
     "prepare": {
@@ -208,21 +239,59 @@ ALL_OPTIONS = {
         "base_model": "sd-1.5",
         "instance_prompt": "100% my dog",
         "resolution": 128,
+        "buckets": True,
         "replace": True,
+        "allow_resolution": True,
     },
     "train": {
         "base_model": "sd-1.5",
+        "method": "dora",
+        "stages": "separate",
         "text_encoder_steps": 1,
         "unet_steps": 2,
         "text_encoder_lr": 1e-5,
         "unet_lr": 2e-5,
+        "lr_schedule": "cosine",
+        "lr_warmup_steps": 5,
+        "optimizer": "prodigy",
+        "weight_decay": 0.5,
+        "max_grad_norm": 2.5,
         "batch_size": 3,
+        "gradient_accumulation_steps": 4,
+        "lora_rank": 8,
+        "lora_alpha": 12.5,
+        "lora_dropout": 0.25,
         "prior_preservation": True,
         "class_prompt": "a dog",
         "num_class_images": 4,
         "prior_loss_weight": 0.5,
+        "caption_dropout": 0.125,
+        "shuffle_tokens": True,
+        "keep_tokens": 1,
+        "strict_captions": True,
+        "offset_noise": 0.0625,
+        "min_snr_gamma": 5.0,
+        "zero_terminal_snr": True,
+        "ema": True,
+        "ema_decay": 0.75,
+        "crops": 3,
+        "heldout_images": 2,
         "seed": 6,
-        "restart": True,
+        "allow_resolution": True,
+        "quantize": "none",
+        "precision": "fp16",
+        "gradient_checkpointing": "off",
+        "attention": "xformers",
+        "compile": True,
+        "checkpoint_every": 10,
+        "keep_last": 4,
+        "save_every": 100,
+        "sample_every": 50,
+        "sample_prompts": (["a dog | a cat", "a cow"], ("a dog", "a cat", "a cow")),
+        "sample_seeds": SEEDS,
+        "tensorboard": True,
+        "resume": "require",
+        "allow_changes": True,
     },
 }
 
@@ -261,7 +330,18 @@ def test_without_options_the_defaults_are_those_of_the_config(seen: Seen, verb: 
 def test_auto_may_be_said(seen: Seen) -> None:
     argv = ["dreambooth", "train", "--session", "dog", "--unet-steps", "auto", "--unet-lr", "auto"]
     assert cli.main(argv) == 0
-    assert seen[0][2] == config.TrainConfig()
+    assert seen[0][2] == TrainConfig()
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "require"])
+def test_a_run_is_resumed_begun_again_or_must_be_there(seen: Seen, resume: str) -> None:
+    assert cli.main(["dreambooth", "train", "--session", "dog", "--resume", resume]) == 0
+    assert seen[0][2].resume == resume
+
+
+def test_no_sample_prompt_may_be_said(seen: Seen) -> None:
+    assert cli.main(["dreambooth", "train", "--session", "dog", "--sample-prompts", ""]) == 0
+    assert seen[0][2].sample_prompts == ()
 
 
 def test_a_value_with_underscores_is_left_as_it_is(seen: Seen) -> None:
@@ -350,6 +430,7 @@ def test_debug_raises_what_is_one_line_otherwise(capsys: pytest.CaptureFixture[s
             "colabtools: No module named 'torch'; ",
         ),
         (KeyboardInterrupt(), 130, "colabtools: interrupted\n"),
+        (KeyboardInterrupt("saved\nat step 3"), 130, "colabtools: saved at step 3\n"),
     ],
 )
 def test_each_kind_of_failure_is_one_line(
@@ -377,6 +458,33 @@ def test_a_missing_library_is_told_with_what_installs_it(
     notebook = headless.find_notebook("dreambooth_training")
     assert cli.main(["run", str(notebook)]) == 1
     assert "pip install 'colabtools[dreambooth,notebook]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["peft", "torch"])
+def test_a_library_of_training_that_is_missing_is_told_the_same_way(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(*args: object) -> None:
+        monkeypatch.setitem(sys.modules, module, None)
+        importlib.import_module(module)
+
+    monkeypatch.setattr(cli, "_train", train)
+    assert cli.main(["dreambooth", "train", "--session", "dog"]) == 1
+    error = capsys.readouterr().err
+    assert f"import of {module} halted" in error
+    assert "pip install 'colabtools[dreambooth,notebook]'" in error
+
+
+def test_a_missing_library_that_was_explained_is_not_explained_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(*args: object) -> None:
+        raise MissingDependencyError("optimizer 'lion' needs it; pip install lion-pytorch")
+
+    monkeypatch.setattr(cli, "_train", train)
+    assert cli.main(["dreambooth", "train", "--session", "dog"]) == 1
+    line = "colabtools: optimizer 'lion' needs it; pip install lion-pytorch\n"
+    assert capsys.readouterr().err == line
 
 
 def test_an_error_that_is_not_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,12 +537,32 @@ WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     },
     **{
         f"{verb} of no session": (session_with("new", verb), "no session 'new' in ")
-        for verb in ("train", "generate", "export")
+        for verb in ("train", "generate", "evaluate", "export")
     },
     "nothing trained": (session_with("old", "export"), "has no trained weights; run train"),
     "unknown model": (
         lambda folder: ["train", "--session", "old", "--base-model", "nope"],
-        "unknown base_model 'nope'; use one of micro",
+        "unknown base_model 'nope'; use one of flux-dev, ",
+    ),
+    "bad choice": (
+        lambda folder: ["train", "--session", "old", "--method", "lokr"],
+        "method is 'lokr'; give one of auto, full, lora, dora",
+    ),
+    "bad rank": (
+        lambda folder: ["train", "--session", "old", "--method=lora", "--lora-rank=0"],
+        "lora_rank is 0; give a whole number of at least 1",
+    ),
+    "unknown optimizer": (
+        lambda folder: ["train", "--session", "old", "--optimizer", "sgdw"],
+        "'sgdw'",
+    ),
+    "nothing to resume": (
+        lambda folder: ["train", "--session", "old", "--resume", "require"],
+        "holds no state to go on from; set resume to auto to begin",
+    ),
+    "prior without a class": (
+        lambda folder: ["train", "--session", "old", "--prior-preservation"],
+        "class_prompt is ''; prior_preservation needs one",
     ),
     "bad seed": (lambda folder: ["train", "--session", "old", "--seed", "-1"], "seed is -1; give"),
     "bad seeds": (lambda f: ["generate", "--session", "old", "--seeds", "x"], "seeds is 'x'; give"),
@@ -556,7 +684,7 @@ def test_run_of_an_unknown_parameter_is_one_line(capsys: pytest.CaptureFixture[s
     notebook = headless.find_notebook("dreambooth_training")
     assert cli.main(["run", str(notebook), "-p", "stepz", "4"]) == 1
     error = capsys.readouterr().err
-    assert "has no parameter 'stepz'; it has base_model, " in error
+    assert "has no parameter 'stepz'; it has allow_changes, " in error
     assert error.count("\n") == 1
 
 
@@ -570,19 +698,26 @@ def test_demo_goes_where_it_is_told(
     assert capsys.readouterr().out == "done\ndone\n"
 
 
-def test_every_field_of_the_notebook_that_is_a_field_of_a_config_has_the_same_default() -> None:
-    notebook = json.loads(headless.find_notebook("dreambooth_training").read_text())
-    source = "".join(
-        "".join(cell["source"])
-        for cell in notebook["cells"]
-        if "parameters" in cell["metadata"].get("tags", [])
-    )
-    shown = dict(re.findall(r"(?m)^(\w+) = (.+?)  # @param", source))
-    known = {
-        field.name: field.default
-        for settings in (config.PrepareConfig, config.TrainConfig)
-        for field in fields(settings)
-    }
-    both = shown.keys() & known.keys() - {"class_prompt"}
-    assert {"base_model", "instance_prompt", "unet_steps", "seed"} <= both
-    assert {name: eval(shown[name]) for name in both} == {name: known[name] for name in both}
+@pytest.mark.slow
+def test_a_training_that_is_stopped_is_exit_130_and_the_same_command_goes_on(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*PREPARE, "--quiet"]) == 0
+    argv = ["dreambooth", "train", "--session", "dog", "--text-encoder-steps", "0"]
+    argv += ["--unet-steps", "3", "--batch-size", "1", "--checkpoint-every", "100"]
+    command = [sys.executable, "-m", "colabtools.cli", *argv]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        next(line for line in running.stderr if line.startswith("training the unet"))
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert "stopping after this update" in said
+    assert said.splitlines()[-1].startswith("colabtools: ")
+    assert "Traceback" not in said
+    session = folder / "workspace" / "Fast-Dreambooth" / "Sessions" / "dog"
+    (state,) = (session / "checkpoints").glob("step-*")
+    assert state.name < "step-000003"
+    capsys.readouterr()
+    assert cli.main([*argv, "--resume", "require", "--quiet"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == str(state.with_name("step-000003"))

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -262,3 +263,20 @@ def test_sha256_reads_files_of_more_than_one_piece(tmp_path: Path) -> None:
 def test_sha256_of_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(WorkspaceError, match="cannot read .*gone"):
         sha256_of(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("file_system", "remote"), [("fuse.drive", True), ("nfs4", True), ("ext4", False), ("", False)]
+)
+def test_a_folder_is_remote_by_the_file_system_that_it_is_mounted_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_system: str, remote: bool
+) -> None:
+    import psutil
+
+    mounts = [
+        SimpleNamespace(mountpoint="/", fstype="ext4"),
+        SimpleNamespace(mountpoint=str(tmp_path), fstype=file_system),
+        SimpleNamespace(mountpoint=str(tmp_path / "other"), fstype="fuse"),
+    ]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda *, all: mounts)  # noqa: A006
+    assert drive.is_remote(tmp_path / "My Drive" / "x") is remote

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import types
@@ -12,7 +13,7 @@ import pytest
 
 from colabtools import env
 from colabtools.env import Gpu, Place, Probes, Ram
-from colabtools.errors import MissingSecretError
+from colabtools.errors import MissingSecretError, WorkspaceError
 
 T4 = "Tesla T4, 7.5, 15360, 15095\n"
 A100 = "NVIDIA A100-SXM4-40GB, 8.0, 40960, 40000\n"
@@ -316,6 +317,66 @@ def test_an_empty_secret_is_a_missing_one(userdata: Userdata) -> None:
     userdata.answer = "  "
     with pytest.raises(MissingSecretError, match="it is empty"):
         env.secret("HF_TOKEN", colab({"HF_TOKEN": ""}))
+
+
+class HostedRuntime:
+    """What was asked of stand-ins for google.colab.drive and google.colab.runtime, in order."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.failures: dict[str, Exception] = {}
+
+    def answer(self, what: str) -> Callable[[], None]:
+        """A function that notes it was called, then fails if the test says so."""
+
+        def call() -> None:
+            self.asked.append(what)
+            if what in self.failures:
+                raise self.failures[what]
+
+        return call
+
+
+@pytest.fixture
+def hosted(monkeypatch: pytest.MonkeyPatch) -> HostedRuntime:
+    runtime = HostedRuntime()
+    package = types.ModuleType("google.colab")
+    for module, function in (("drive", "flush_and_unmount"), ("runtime", "unassign")):
+        part = types.SimpleNamespace(**{function: runtime.answer(function)})
+        setattr(package, module, part)
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", package)
+    return runtime
+
+
+def test_a_runtime_is_given_back_after_drive_has_everything(hosted: HostedRuntime) -> None:
+    assert env.release_runtime(colab()) is True
+    assert hosted.asked == ["flush_and_unmount", "unassign"]
+
+
+def test_off_colab_there_is_nothing_to_give_back(
+    hosted: HostedRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "colabtools"):
+        assert env.release_runtime(probes({"COLAB_GPU": "1"})) is False
+    assert "no hosted runtime to give back" in caplog.text
+    assert hosted.asked == []
+
+
+def test_a_runtime_whose_files_are_not_on_drive_yet_is_kept(hosted: HostedRuntime) -> None:
+    hosted.failures["flush_and_unmount"] = ValueError("flush_and_unmount failed")
+    with pytest.raises(WorkspaceError, match="so the runtime is kept") as caught:
+        env.release_runtime(colab())
+    assert "\n" not in str(caught.value)
+    assert hosted.asked == ["flush_and_unmount"]
+
+
+def test_a_runtime_that_cannot_be_given_back_is_told(
+    hosted: HostedRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    hosted.failures["unassign"] = OSError("no answer")
+    assert env.release_runtime(colab()) is False
+    assert "could not be given back (no answer); disconnect it yourself" in caplog.text
 
 
 def test_importing_the_ground_is_light_and_has_no_heavy_company() -> None:

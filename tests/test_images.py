@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from colabtools.errors import ImageError
-from colabtools.images import PHOTO_SUFFIXES, load_upright, square
+from colabtools.images import PHOTO_SUFFIXES, fit, load_upright, square, upright_size
 
 ORIENTATION = 0x0112
 # How a camera held in another way stores the picture; each is undone by what the tag stands for.
@@ -52,7 +52,7 @@ def test_every_exif_orientation_gives_the_same_upright_picture(
     lossy = {".jpg": {"quality": 95, "subsampling": 0}, ".webp": {"lossless": True}}
     stored.save(path, exif=exif, **lossy.get(suffix, {}))
     upright = load_upright(path)
-    assert upright.size == scene.size
+    assert upright.size == upright_size(path) == scene.size
     difference = np.abs(np.asarray(upright, dtype=int) - np.asarray(scene, dtype=int))
     assert difference.max() <= (12 if suffix == ".jpg" else 0)
 
@@ -207,6 +207,14 @@ def test_a_file_that_is_no_whole_picture_is_one_line_with_its_name(
     assert "\n" not in message
 
 
+def test_a_size_is_read_from_the_head_of_a_file_that_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "cut.png").write_bytes(broken_files(tmp_path)["cut.png"])
+    assert upright_size(tmp_path / "cut.png") == (64, 64)
+    (tmp_path / "a.jpg").write_text("my notes")
+    with pytest.raises(ImageError, match=r"^a\.jpg cannot be read as a picture .*remove it from"):
+        upright_size(tmp_path / "a.jpg")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"^gone\.jpg cannot be read"):
         load_upright(tmp_path / "gone.jpg")
@@ -260,3 +268,28 @@ def test_the_photo_itself_is_left_alone_by_square() -> None:
     before = noise.tobytes()
     square(noise, 16)
     assert (noise.size, noise.tobytes()) == ((40, 30), before)
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 900), (900, 1), (7, 5), (511, 513), (645, 512), (1023, 767), (4000, 3)]
+)
+@pytest.mark.parametrize("shape", [(64, 64), (80, 48), (48, 80), (640, 384)])
+def test_a_fitted_picture_has_exactly_the_size_asked_for(
+    size: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    result = fit(Image.new("RGB", size, (10, 200, 30)), *shape)
+    assert result.size == shape
+    assert result.getextrema() == ((10, 10), (200, 200), (30, 30))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_fitted_picture_is_the_middle_of_the_photo_in_the_right_proportion(turned: bool) -> None:
+    """Of 90 x 20 pixels the middle 40 are 2:1; a stripe in it is as wide as it was high."""
+    values = np.zeros((20, 90, 3), np.uint8)
+    values[:, 25:65] = (0, 255, 0)
+    values[5:15, 40:50] = (255, 0, 0)
+    shape = (20, 40) if turned else (40, 20)
+    image = Image.fromarray(values.transpose(1, 0, 2) if turned else values)
+    result = np.asarray(fit(image, *shape))
+    result = result.transpose(1, 0, 2) if turned else result
+    assert np.array_equal(result, values[:, 25:65])

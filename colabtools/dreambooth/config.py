@@ -1,76 +1,30 @@
-"""Settings of the DreamBooth verbs; a frozen record each, checked when it is made."""
+"""Settings of the DreamBooth verbs but training; a frozen record each, checked when made."""
 
 from __future__ import annotations
 
-import math
-import typing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from colabtools import registry
 from colabtools.errors import ConfigError
+from colabtools.fields import (
+    LARGEST_SEED,
+    check,
+    check_flag,
+    check_number,
+    check_text,
+    check_whole,
+    split_text,
+    whole_from_text,
+)
 
-if TYPE_CHECKING:
-    from colabtools.registry import Base
-
-__all__ = [
-    "Auto",
-    "ExportConfig",
-    "GenerateConfig",
-    "PrepareConfig",
-    "TrainConfig",
-    "TrainPlan",
-    "plan_training",
-]
+__all__ = ["Auto", "EvaluateConfig", "ExportConfig", "GenerateConfig", "PrepareConfig"]
 
 Auto = Literal["auto"]
 
-_LARGEST_SEED = 2**63 - 1
 # Beyond this no Stable Diffusion draws anything but repetitions, and memory ends.
 _LARGEST_RESOLUTION = 4096
-
-
-def _check(name: str, value: object, ok: bool, want: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} is {value!r}; give {want}")
-
-
-def _whole(name: str, value: object, least: int, most: float = math.inf, also: str = "") -> None:
-    valid = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-    limit = "" if most == math.inf else f" and at most {most}"
-    _check(name, value, valid, f"a whole number of at least {least}{limit}{also}")
-
-
-def _positive(name: str, value: object, also: str = "") -> None:
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-    _check(name, value, valid, f"a number above 0{also}")
-
-
-def _flag(name: str, value: object) -> None:
-    # The text "false" would count as true.
-    _check(name, value, isinstance(value, bool), "True or False")
-
-
-def _text(name: str, value: object, want: str) -> None:
-    _check(name, value, isinstance(value, str) and bool(value.strip()), want)
-
-
-def _split(name: str, value: object, mark: str) -> tuple[Any, ...]:
-    """Return the items of a sequence, its texts taken apart at the mark."""
-    items = [value] if isinstance(value, str) else value
-    _check(
-        name, value, isinstance(items, (list, tuple)), f"a list, or a text with {mark!r} between"
-    )
-    parts: list[Any] = []
-    for item in typing.cast("list[Any]", items):
-        text = isinstance(item, str)
-        parts += [part.strip() for part in item.split(mark)] if text else [item]
-    return tuple(parts)
-
-
-def _number(value: Any) -> Any:
-    """Return the whole number that a text spells; anything else stays, for the check to refuse."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,150 +37,46 @@ class PrepareConfig:
         base_model: decides the picture size where `resolution` is "auto".
         instance_prompt: the caption of photos that have no file of their own.
         resolution: side of the square pictures in pixels, a multiple of 8.
+        buckets: keep each photo's shape as nearly as can be: pictures of several shapes, none
+            larger than the square would be.
         replace: put the pictures in place of others that the session holds already; those are
             kept aside.
+        allow_resolution: prepare at a size that the base model was not made for.
     """
 
     images: str
     base_model: str = "micro"
     instance_prompt: str = "a sks star"
     resolution: int | Auto = "auto"
+    buckets: bool = False
     replace: bool = False
+    allow_resolution: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""
-        _text("images", self.images, "a folder of photos")
-        _text("base_model", self.base_model, "a name, a folder or a Hub repository")
-        _text("instance_prompt", self.instance_prompt, "a prompt")
+        check_text("images", self.images, "a folder of photos")
+        check_text("base_model", self.base_model, "a name, a folder or a Hub repository")
+        check_text("instance_prompt", self.instance_prompt, "a prompt")
         if self.resolution != "auto":
-            _whole("resolution", self.resolution, 64, _LARGEST_RESOLUTION, also=", or auto")
-            _check("resolution", self.resolution, self.resolution % 8 == 0, "a multiple of 8")
-        _flag("replace", self.replace)
+            check_whole("resolution", self.resolution, 64, _LARGEST_RESOLUTION, also=", or auto")
+            check("resolution", self.resolution, self.resolution % 8 == 0, "a multiple of 8")
+        for name in ("buckets", "replace", "allow_resolution"):
+            check_flag(name, getattr(self, name))
 
     @property
     def side(self) -> int:
-        """Side of the pictures in pixels.
+        """Side of the pictures in pixels; with buckets, of the square of the same area.
 
         Raises:
-            ModelError: it is that of a base model which is not known.
+            ConfigError: the base model was not made for it, and `allow_resolution` is off.
+            ModelError: the base model is not known.
         """
         base = registry.find_base(self.base_model)
-        return base.resolution if self.resolution == "auto" else self.resolution
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A two-stage training run; "auto" takes the value of the base model's reference run.
-
-    Attributes:
-        base_model: name in the registry, folder in diffusers' layout, or Hub repository.
-        text_encoder_steps: updates of the first stage: the text encoder learns through the frozen
-            UNet.
-        unet_steps: updates of the second stage: the UNet learns with the text encoder frozen.
-        text_encoder_lr: peak learning rate of the first stage, falling linearly to 0.
-        unet_lr: the same for the second stage.
-        batch_size: pictures per update.
-        prior_preservation: learn pictures of the class next to the photos, so that the class stays
-            what it was.
-        class_prompt: prompt of the class pictures; needed with prior_preservation.
-        num_class_images: how many of them to draw with the base model.
-        prior_loss_weight: weight of their loss.
-        seed: of data order, noise and timesteps.
-        restart: train again although the session already holds the result of these settings.
-    """
-
-    base_model: str = "micro"
-    text_encoder_steps: int | Auto = "auto"
-    unet_steps: int | Auto = "auto"
-    text_encoder_lr: float | Auto = "auto"
-    unet_lr: float | Auto = "auto"
-    batch_size: int | Auto = "auto"
-    prior_preservation: bool = False
-    class_prompt: str = ""
-    num_class_images: int | Auto = "auto"
-    prior_loss_weight: float = 1.0
-    seed: int = 0
-    restart: bool = False
-
-    def __post_init__(self) -> None:
-        """Check every field."""
-        _text("base_model", self.base_model, "a name, a folder or a Hub repository")
-        least = {"text_encoder_steps": 0, "unet_steps": 0, "batch_size": 1, "num_class_images": 1}
-        for name in least:
-            if getattr(self, name) != "auto":
-                _whole(name, getattr(self, name), least[name], also=", or auto")
-        for name in ("text_encoder_lr", "unet_lr"):
-            if getattr(self, name) != "auto":
-                _positive(name, getattr(self, name), also=", or auto")
-        _check_some_steps(self.text_encoder_steps, self.unet_steps)
-        _flag("prior_preservation", self.prior_preservation)
-        _check("class_prompt", self.class_prompt, isinstance(self.class_prompt, str), "a prompt")
-        if self.prior_preservation and not self.class_prompt.strip():
-            raise ConfigError(
-                f"class_prompt is {self.class_prompt!r}; prior_preservation needs one, "
-                "such as 'a star'"
-            )
-        _positive("prior_loss_weight", self.prior_loss_weight)
-        _whole("seed", self.seed, 0, _LARGEST_SEED)
-        _flag("restart", self.restart)
-
-
-def _check_some_steps(text_encoder_steps: object, unet_steps: object) -> None:
-    if text_encoder_steps == 0 and unet_steps == 0:
-        raise ConfigError(
-            "text_encoder_steps and unet_steps are both 0; "
-            "nothing would be trained, give one of them"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainPlan:
-    """A `TrainConfig` with every "auto" replaced by a number."""
-
-    base: Base
-    text_encoder_steps: int
-    unet_steps: int
-    text_encoder_lr: float
-    unet_lr: float
-    batch_size: int
-    class_prompt: str
-    num_class_images: int
-    prior_loss_weight: float
-    seed: int
-
-    @property
-    def total_steps(self) -> int:
-        """Updates of both stages."""
-        return self.text_encoder_steps + self.unet_steps
-
-
-def plan_training(config: TrainConfig) -> TrainPlan:
-    """Return the run that a config asks for, in numbers.
-
-    Raises:
-        ConfigError: there is no step to train.
-        ModelError: the base model is not known.
-    """
-    base = registry.find_base(config.base_model)
-
-    def chosen(name: str) -> Any:
-        value = getattr(config, name)
-        return getattr(base, name) if value == "auto" else value
-
-    plan = TrainPlan(
-        base=base,
-        text_encoder_steps=chosen("text_encoder_steps"),
-        unet_steps=chosen("unet_steps"),
-        text_encoder_lr=chosen("text_encoder_lr"),
-        unet_lr=chosen("unet_lr"),
-        batch_size=chosen("batch_size"),
-        class_prompt=config.class_prompt if config.prior_preservation else "",
-        num_class_images=chosen("num_class_images") if config.prior_preservation else 0,
-        prior_loss_weight=config.prior_loss_weight,
-        seed=config.seed,
-    )
-    _check_some_steps(plan.text_encoder_steps, plan.unet_steps)
-    return plan
+        if self.resolution == "auto":
+            return base.resolution
+        if not self.allow_resolution:
+            registry.check_resolution(base, self.resolution)
+        return self.resolution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,9 +85,15 @@ class GenerateConfig:
 
     Attributes:
         prompts: one picture each per seed; "|" in a text separates two prompts.
+        prompts_file: a text file of prompts instead, one a line; lines that begin with # are
+            remarks.
+        negative_prompt: what the pictures shall not show.
         seeds: starting noise; the same seed draws the same picture; a text with commas is split.
+        step: draw with the weights that were saved at this step; 0 for the newest.
         num_inference_steps: denoising steps.
         guidance_scale: weight of the prompt (classifier-free guidance); 1 is off.
+        resolution: side of the pictures in pixels, a multiple of 8; "auto" for that of the
+            training pictures.
         compare: draw each picture with the base model too and show both.
     """
 
@@ -245,27 +101,145 @@ class GenerateConfig:
         "a sks star on a white background",
         "a sks star on a sky background",
     )
+    prompts_file: str = ""
+    negative_prompt: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
+    step: int = 0
     num_inference_steps: int = 25
     guidance_scale: float = 3.5
+    resolution: int | Auto = "auto"
     compare: bool = True
 
     def __post_init__(self) -> None:
         """Check every field, and split those that came as text."""
-        prompts = _split("prompts", self.prompts, "|")
-        _check("prompts", prompts, bool(prompts), "at least one prompt")
-        for prompt in prompts:
-            _text("prompts", prompt, "a prompt on each side of a '|'")
-        seeds = tuple(_number(seed) for seed in _split("seeds", self.seeds, ","))
-        _check("seeds", seeds, bool(seeds), "at least one seed")
-        for seed in seeds:
-            _whole("seeds", seed, 0, _LARGEST_SEED)
-        # A picture that is asked for twice is the same picture.
-        object.__setattr__(self, "prompts", tuple(dict.fromkeys(prompts)))
-        object.__setattr__(self, "seeds", tuple(dict.fromkeys(seeds)))
-        _whole("num_inference_steps", self.num_inference_steps, 1)
-        _positive("guidance_scale", self.guidance_scale)
-        _flag("compare", self.compare)
+        _check_drawing(self)
+        negative = self.negative_prompt
+        check("negative_prompt", negative, isinstance(negative, str), "a text, or an empty one")
+        useless = bool(negative.strip()) and self.guidance_scale <= 1
+        check("negative_prompt", negative, not useless, "none, or a guidance_scale above 1")
+        check_flag("compare", self.compare)
+
+    def load_prompts(self) -> tuple[str, ...]:
+        """Return the prompts of the file if there is one, else those of the field.
+
+        Raises:
+            ConfigError: the file cannot be read, or holds no prompt.
+        """
+        return _read_prompts(self.prompts_file) if self.prompts_file else self.prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How faithful the trained session is to its photos and to prompts.
+
+    Attributes:
+        token: the word that stands for the subject.
+        class_name: what the subject is one of.
+        prompts: templates with "{token}" and "{class}"; "|" in a text separates two.
+        prompts_file: a text file of templates instead, one a line; lines that begin with # are
+            remarks.
+        seeds: one picture each per prompt; a text with commas is split.
+        class_images: pictures of "a {class}" to draw before and after training, to see what was
+            forgotten; 0 for none.
+        step: judge the weights that were saved at this step; 0 for the newest.
+        num_inference_steps: denoising steps.
+        guidance_scale: weight of the prompt (classifier-free guidance); 1 is off.
+        resolution: side of the pictures in pixels, a multiple of 8; "auto" for that of the
+            training pictures.
+        dino_model: judges the subject; a Hub repository or a local folder.
+        clip_model: judges subject and prompt; a Hub repository or a local folder.
+    """
+
+    token: str = "sks"
+    class_name: str = "star"
+    prompts: tuple[str, ...] = (
+        "a {token} {class} on a white background",
+        "a {token} {class} on a wooden table",
+        "a {token} {class} in a meadow",
+        "a {token} {class} under a stormy sky",
+        "a {token} {class} in front of a brick wall",
+        "a {token} {class} beside a red bicycle",
+        "a pencil drawing of a {token} {class}",
+        "a {token} {class} made of glass",
+    )
+    prompts_file: str = ""
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    class_images: int = 8
+    step: int = 0
+    num_inference_steps: int = 25
+    guidance_scale: float = 3.5
+    resolution: int | Auto = "auto"
+    dino_model: str = "facebook/dino-vits16"
+    clip_model: str = "openai/clip-vit-base-patch32"
+
+    def __post_init__(self) -> None:
+        """Check every field, and split those that came as text."""
+        check_text("token", self.token, "the word that stands for the subject")
+        check_text("class_name", self.class_name, "what the subject is one of, such as dog")
+        _check_drawing(self)
+        if not self.prompts_file:
+            _check_templates("prompts", self.prompts)
+        check_whole("class_images", self.class_images, 0)
+        check("class_images", self.class_images, self.class_images != 1, "0, or 2 and more")
+        check_text("dino_model", self.dino_model, "a Hub repository or a local folder")
+        check_text("clip_model", self.clip_model, "a Hub repository or a local folder")
+
+    def load_prompts(self) -> tuple[str, ...]:
+        """Return the templates of the file if there is one, else those of the field.
+
+        Raises:
+            ConfigError: the file cannot be read, holds none, or one lacks its placeholders.
+        """
+        if not self.prompts_file:
+            return self.prompts
+        templates = _read_prompts(self.prompts_file)
+        _check_templates("prompts_file", templates)
+        return templates
+
+
+def _check_drawing(config: GenerateConfig | EvaluateConfig) -> None:
+    """Check the fields that say what is drawn, and split those that came as text."""
+    prompts = split_text("prompts", config.prompts, "|")
+    check("prompts", prompts, bool(prompts), "at least one prompt")
+    for prompt in prompts:
+        check_text("prompts", prompt, "a prompt on each side of a '|'")
+    file = config.prompts_file
+    check("prompts_file", file, isinstance(file, str), "a text file of prompts, or an empty text")
+    chosen = prompts != type(config).prompts
+    check("prompts_file", file, not (file and chosen), "either this or prompts, not both")
+    seeds = tuple(whole_from_text(seed) for seed in split_text("seeds", config.seeds, ","))
+    check("seeds", seeds, bool(seeds), "at least one seed")
+    for seed in seeds:
+        check_whole("seeds", seed, 0, LARGEST_SEED)
+    # A picture that is asked for twice is the same picture.
+    object.__setattr__(config, "prompts", tuple(dict.fromkeys(prompts)))
+    object.__setattr__(config, "seeds", tuple(dict.fromkeys(seeds)))
+    check_whole("step", config.step, 0)
+    check_whole("num_inference_steps", config.num_inference_steps, 1)
+    check_number("guidance_scale", config.guidance_scale)
+    if config.resolution != "auto":
+        check_whole("resolution", config.resolution, 64, _LARGEST_RESOLUTION, also=", or auto")
+        check("resolution", config.resolution, config.resolution % 8 == 0, "a multiple of 8")
+
+
+def _check_templates(name: str, templates: tuple[str, ...]) -> None:
+    for template in templates:
+        complete = "{token}" in template and "{class}" in template
+        check(name, template, complete, "templates that hold both {token} and {class}")
+
+
+def _read_prompts(file: str) -> tuple[str, ...]:
+    try:
+        # Notepad begins its files with a byte order mark.
+        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"prompts_file is {file!r}; it cannot be read ({error}), give a UTF-8 text file"
+        ) from error
+    prompts = [line.strip() for line in lines if not line.lstrip().startswith("#")]
+    found = tuple(dict.fromkeys(filter(None, prompts)))
+    check("prompts_file", file, bool(found), "a file with a prompt on each line; it holds none")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +249,7 @@ class ExportConfig:
     Attributes:
         formats: any of "safetensors" and "ckpt"; a text with commas is split.
         dtype: of every tensor in the file, one of "fp16", "bf16" and "fp32".
+        disconnect: give a hosted runtime back once the files are verified and on Google Drive.
     """
 
     DTYPES: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
@@ -282,11 +257,13 @@ class ExportConfig:
 
     formats: tuple[str, ...] = ("safetensors",)
     dtype: str = "fp16"
+    disconnect: bool = False
 
     def __post_init__(self) -> None:
         """Check every field, and split those that came as text."""
-        formats = _split("formats", self.formats, ",")
+        formats = split_text("formats", self.formats, ",")
         known = bool(formats) and all(name in self.FORMATS for name in formats)
-        _check("formats", formats, known, f"one or more of {', '.join(self.FORMATS)}")
+        check("formats", formats, known, f"one or more of {', '.join(self.FORMATS)}")
         object.__setattr__(self, "formats", tuple(dict.fromkeys(formats)))
-        _check("dtype", self.dtype, self.dtype in self.DTYPES, f"one of {', '.join(self.DTYPES)}")
+        check("dtype", self.dtype, self.dtype in self.DTYPES, f"one of {', '.join(self.DTYPES)}")
+        check_flag("disconnect", self.disconnect)

@@ -1,21 +1,24 @@
-"""The training pictures of a session: photos made upright RGB squares, each with its caption."""
+"""The training pictures of a session: photos made upright RGB of few sizes, with captions."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colabtools import images, micro
+from colabtools.dreambooth.buckets import bucket_shapes, bucket_step, nearest_bucket
+from colabtools.dreambooth.captions import CAPTION_SUFFIXES, check_captions
 from colabtools.dreambooth.session import create_session
 from colabtools.drive import atomic_path, sha256_of, workspace_error, write_atomic
-from colabtools.errors import DatasetError, ImageError, WorkspaceError
+from colabtools.errors import ConfigError, DatasetError, ImageError, WorkspaceError
 from colabtools.report import get_logger, progress, save_grid
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from PIL import Image
 
@@ -23,18 +26,28 @@ if TYPE_CHECKING:
     from colabtools.dreambooth.session import Session
     from colabtools.drive import Workspace
 
-__all__ = ["Example", "Prepared", "fingerprint", "load_examples", "prepare"]
+__all__ = [
+    "Example",
+    "Prepared",
+    "check_examples",
+    "fingerprint",
+    "load_examples",
+    "prepare",
+    "split_heldout",
+]
 
-_CAPTION_SUFFIXES = (".txt", ".caption")
 _SHEET_CELL_PX = 160
+# A VAE of Stable Diffusion or Flux makes one latent of 8 x 8 pixels, and drops what is over.
+_LATENT_PX = 8
 
 
 @dataclass(frozen=True)
 class Example:
-    """A training picture and its caption."""
+    """A training picture, its caption, and its width and height in pixels."""
 
     path: Path
     caption: str
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +65,19 @@ class _Photo:
 
     stem: str
     caption: str
-    square: Image.Image
+    picture: Image.Image
     thumbnail: Image.Image
 
 
 def prepare(workspace: Workspace, session_name: str, config: PrepareConfig) -> Prepared:
-    """Put a folder of photos into a session as upright RGB squares, with their captions.
+    """Put a folder of photos into a session as upright RGB pictures, with their captions.
 
-    The photos themselves are only read. Done twice with the same photos, the second time changes
+    They become squares or, with `config.buckets`, the nearest of a few shapes of that area. The
+    photos themselves are only read. Done twice with the same photos, the second time changes
     nothing.
 
     Raises:
+        ConfigError: the base model was not made for this resolution.
         DatasetError: there are no photos, a caption cannot be read, or the session holds other
             pictures and `replace` is off.
         ImageError: a photo cannot be decoded.
@@ -71,9 +86,10 @@ def prepare(workspace: Workspace, session_name: str, config: PrepareConfig) -> P
         WorkspaceError: the pictures cannot be stored.
     """
     side = config.side
+    shapes = bucket_shapes(side, bucket_step(side)) if config.buckets else ((side, side),)
     found = _find_photos(config.images)
     with progress(found, desc="preparing photos", unit="photos") as paths:
-        photos = [_read_photo(path, side, config.instance_prompt) for path in paths]
+        photos = [_read_photo(path, shapes, config.instance_prompt) for path in paths]
     session = create_session(workspace, session_name)
     stored = _store(session, photos, replace=config.replace)
     examples = load_examples(session)
@@ -81,7 +97,10 @@ def prepare(workspace: Workspace, session_name: str, config: PrepareConfig) -> P
     if stored or not sheet.is_file():
         _save_contact_sheet(session, photos, sheet)
     session.update_record(
-        base_model=config.base_model, resolution=side, pictures=fingerprint(examples)
+        base_model=config.base_model,
+        resolution=side,
+        buckets=config.buckets,
+        pictures=fingerprint(examples),
     )
     return Prepared(session=session, examples=examples, contact_sheet=sheet)
 
@@ -115,14 +134,23 @@ def _pictures_in(folder: Path) -> Iterable[Path]:
     return (path for path in found if path.is_file() and not path.name.startswith("."))
 
 
-def _read_photo(path: Path, side: int, instance_prompt: str) -> _Photo:
-    sidecars = (path.with_suffix(suffix) for suffix in _CAPTION_SUFFIXES)
-    captions = (_read_caption(sidecar) for sidecar in sidecars if sidecar.is_file())
-    caption = next(filter(None, captions), instance_prompt.strip())
+def _read_photo(path: Path, shapes: Sequence[tuple[int, int]], instance_prompt: str) -> _Photo:
+    caption = _first_caption(_sidecars(path)) or instance_prompt.strip()
     photo = images.load_upright(path)
-    square = images.square(photo, side)
+    picture = images.fit(photo, *nearest_bucket(*photo.size, shapes))
     photo.thumbnail((2 * _SHEET_CELL_PX, 2 * _SHEET_CELL_PX))
-    return _Photo(stem=path.stem, caption=caption, square=square, thumbnail=photo)
+    return _Photo(stem=path.stem, caption=caption, picture=picture, thumbnail=photo)
+
+
+def _sidecars(path: Path) -> list[Path]:
+    """Return the caption files that a picture, or a path named like it, has beside it."""
+    candidates = (path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)
+    return [candidate for candidate in candidates if candidate.is_file()]
+
+
+def _first_caption(sidecars: list[Path]) -> str:
+    """Return the text of the first file that holds any."""
+    return next(filter(None, map(_read_caption, sidecars)), "")
 
 
 def _read_caption(path: Path) -> str:
@@ -167,10 +195,10 @@ def _store(session: Session, photos: list[_Photo], *, replace: bool) -> bool:
 def _holds_pictures(folder: Path, photos: list[_Photo]) -> bool:
     """Compare pixels: the bytes of a PNG change with the library that writes it."""
     files = {path.name: path for path in _visible(folder)}
-    wanted = {f"{photo.stem}.png": photo.square for photo in photos}
+    wanted = {f"{photo.stem}.png": photo.picture for photo in photos}
     try:
         return files.keys() == wanted.keys() and all(
-            _same_pixels(files[name], square) for name, square in wanted.items()
+            _same_pixels(files[name], picture) for name, picture in wanted.items()
         )
     except ImageError:
         return False
@@ -203,11 +231,11 @@ def _write_pictures(folder: Path, photos: list[_Photo]) -> None:
         path = folder / f"{photo.stem}.png"
 
         def verify(partial: Path, photo: _Photo = photo) -> None:
-            if not _same_pixels(partial, photo.square):
+            if not _same_pixels(partial, photo.picture):
                 raise ImageError(f"{photo.stem}.png reads back changed; check the disk, then again")
 
         with atomic_path(path, verify=verify) as partial:
-            photo.square.save(partial, format="PNG")
+            photo.picture.save(partial, format="PNG")
 
 
 def _write_captions(folder: Path, photos: list[_Photo]) -> None:
@@ -243,6 +271,7 @@ def load_examples(session: Session) -> tuple[Example, ...]:
 
     Raises:
         DatasetError: there are none, or a picture has no readable caption.
+        ImageError: what stands under a picture's name is none.
         WorkspaceError: the folder cannot be read.
     """
     folder = session.instance_images_dir
@@ -257,14 +286,67 @@ def load_examples(session: Session) -> tuple[Example, ...]:
         )
     examples = []
     for path in found:
-        caption = session.captions_dir / f"{path.stem}.txt"
-        if not caption.is_file():
+        sidecars = _sidecars(session.captions_dir / path.name)
+        if not sidecars:
             raise DatasetError(
                 f"{path.name} of session {session.name!r} has no caption; "
-                f"write one to {caption} or run prepare again"
+                f"write one to {session.captions_dir / path.stem}.txt or run prepare again"
             )
-        examples.append(Example(path, _read_caption(caption)))
+        examples.append(Example(path, _first_caption(sidecars), images.upright_size(path)))
     return tuple(examples)
+
+
+def check_examples(session: Session, examples: Sequence[Example], *, strict: bool) -> None:
+    """Return if all pictures of a session can be trained on: decode each of them, once.
+
+    Args:
+        session: where the captions are.
+        examples: all pictures of it.
+        strict: refuse empty captions, and captions of no picture, rather than warn of them.
+
+    Raises:
+        DatasetError: a picture has a size that is no multiple of 8, or a caption is refused.
+        ImageError: a picture cannot be decoded to its end.
+        WorkspaceError: the storage failed.
+    """
+    for example in examples:
+        if any(side % _LATENT_PX for side in example.size):
+            raise DatasetError(
+                f"{example.path.name} of session {session.name!r} is "
+                f"{example.size[0]} x {example.size[1]} pixels; both must be multiples of "
+                f"{_LATENT_PX}, so prepare these photos into a session of another name"
+            )
+    with progress(examples, desc="checking pictures", unit="pictures") as each:
+        for example in each:
+            images.load_upright(example.path)
+    check_captions([example.path for example in examples], session.captions_dir, strict=strict)
+
+
+def split_heldout(
+    examples: Sequence[Example], count: int, seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Return the examples to train on and `count` others, both in the order that they had.
+
+    A digest of each picture's name and the seed decides, so pictures that are added later leave
+    most of the others where they are.
+
+    Raises:
+        ConfigError: none would be left to train on.
+    """
+    if count >= len(examples):
+        raise ConfigError(
+            f"heldout_images is {count} and there are {len(examples)} training pictures; "
+            f"give at most {len(examples) - 1}"
+        )
+
+    def lot(example: Example) -> bytes:
+        # A Mac spells the same name with other characters.
+        name = unicodedata.normalize("NFC", example.path.name)
+        return hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogateescape")).digest()
+
+    heldout = set(sorted(examples, key=lot)[:count])
+    train = tuple(example for example in examples if example not in heldout)
+    return train, tuple(example for example in examples if example in heldout)
 
 
 def fingerprint(examples: tuple[Example, ...]) -> str:
@@ -283,7 +365,7 @@ def _save_contact_sheet(session: Session, photos: list[_Photo], path: Path) -> N
     except OSError as error:
         raise workspace_error("make", session.logs_dir, error) from error
     save_grid(
-        [[photo.thumbnail, photo.square] for photo in photos],
+        [[photo.thumbnail, photo.picture] for photo in photos],
         path,
         row_titles=[f"{photo.stem}: {photo.caption}" for photo in photos],
         column_titles=["photo", "training picture"],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from colabtools import env
 from colabtools.checkpoints.single_file import (
     WrittenFile,
     assemble_sd1,
@@ -16,13 +17,18 @@ from colabtools.checkpoints.single_file import (
 from colabtools.dreambooth.generate import load_trained_pipeline
 from colabtools.dreambooth.session import open_session
 from colabtools.dreambooth.state import latest_trained
+from colabtools.drive import is_remote
 from colabtools.report import get_logger
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from colabtools.dreambooth.config import ExportConfig
+    from colabtools.dreambooth.families import Models
+    from colabtools.dreambooth.session import Session
     from colabtools.drive import Workspace
 
-__all__ = ["export"]
+__all__ = ["export", "write_step_file"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -61,4 +67,42 @@ def export(workspace: Workspace, session_name: str, config: ExportConfig) -> lis
         )
     digests = {file.path.name: file.sha256 for file in written}
     session.add_run({"verb": "export", "step": weights.step, **asdict(config), "sha256": digests})
+    if config.disconnect:
+        _disconnect(session.folder)
     return written
+
+
+def write_step_file(session: Session, models: Models, step: int) -> Path | None:
+    """Write `<session>_step_<n>.safetensors` of a run in progress, in fp16.
+
+    Returns None for models that have no such file yet; their checkpoint is kept all the same.
+
+    Raises:
+        CheckpointError: a tensor is not finite in fp16.
+        WorkspaceError: the file cannot be written.
+    """
+    if models.family.name != "sd1" or hasattr(models.denoiser, "peft_config"):
+        return None
+    tensors = assemble_sd1(
+        unet=models.denoiser.state_dict(),
+        vae=models.vae.state_dict(),
+        text_encoder=models.text_encoders["text_encoder"].state_dict(),
+        dtype=torch.float16,
+    )
+    path = session.folder / f"{session.name}_step_{step}.safetensors"
+    metadata = {"base_model": models.base.name, "session": session.name, "step": str(step)}
+    save_safetensors(tensors, path, metadata)
+    get_logger(__name__).info("wrote and verified %s", path)
+    return path
+
+
+def _disconnect(folder: Path) -> None:
+    """Give a hosted runtime back, unless the files would be lost with it."""
+    if env.where().place is env.Place.COLAB and not is_remote(folder):
+        get_logger(__name__).warning(
+            "the runtime is kept: %s is on its own disk and would be lost with it; "
+            "use a workspace on Google Drive to disconnect",
+            folder,
+        )
+    else:
+        env.release_runtime()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-from colabtools.dreambooth.generate import draw
+from colabtools.dreambooth.drawing import draw
 from colabtools.drive import atomic_path
 from colabtools.report import progress
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from diffusers import StableDiffusionPipeline
 
-    from colabtools.dreambooth.config import TrainPlan
+    from colabtools.dreambooth.plan import TrainPlan
     from colabtools.dreambooth.session import Session
 
 __all__ = ["ensure_class_images"]

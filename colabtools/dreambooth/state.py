@@ -1,132 +1,429 @@
-"""Trained weights on disk: one folder for each saved step, with a manifest that proves it whole."""
+"""The checkpoints of a session: saved safely, found again, and never more than were asked for.
+
+A session is often on a Drive that is slow, full or gone. So there are two places: the session's own
+folder, and one on the machine. With staging a checkpoint is safe on the machine first and copied
+while training goes on; without, the machine is where it goes when the session's folder fails.
+"""
 
 from __future__ import annotations
 
-import json
-import shutil
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import errno
+import hashlib
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from colabtools.checkpoints.single_file import save_safetensors
-from colabtools.dreambooth.session import now_text
-from colabtools.drive import sha256_of, workspace_error, write_atomic
-from colabtools.errors import CheckpointError
+from colabtools.dreambooth.saved import (
+    Saved,
+    Snapshot,
+    checkpoint_folders,
+    copy_saved,
+    find_saved,
+    remove_folder,
+    remove_litter,
+    write_snapshot,
+)
+from colabtools.drive import workspace_error
+from colabtools.errors import CheckpointError, WorkspaceError
+from colabtools.report import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    import torch
+    from collections.abc import Sequence
+    from types import TracebackType
 
     from colabtools.dreambooth.session import Session
 
-__all__ = ["TrainedWeights", "find_trained", "latest_trained", "save_trained"]
+__all__ = [
+    "LOCAL_KEEP",
+    "CheckpointStore",
+    "Kept",
+    "Saved",
+    "Snapshot",
+    "find_trained",
+    "latest_trained",
+    "local_checkpoints_dir",
+    "retained",
+]
 
-_MANIFEST = "manifest.json"
+# What generate and export take is a checkpoint like any other.
+
+# The machine's copies only bridge the time until the session has them.
+LOCAL_KEEP = 2
 
 
-@dataclass(frozen=True)
-class TrainedWeights:
-    """A folder of trained weights and what its manifest says of them."""
-
-    folder: Path
-    manifest: dict[str, Any]
+class Kept(Protocol):
+    """What decides whether a checkpoint is kept."""
 
     @property
     def step(self) -> int:
-        """Updates that these weights have seen."""
-        return int(self.manifest["step"])
+        """Updates done."""
 
-    def load(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return the float32 tensors of each trained part, after comparing files with digests.
-
-        Raises:
-            CheckpointError: a file is missing or changed.
-        """
-        from safetensors.torch import load_file
-
-        parts = {}
-        for name, digest in self.manifest["sha256"].items():
-            path = self.folder / f"{name}.safetensors"
-            if not path.is_file() or sha256_of(path) != digest:
-                raise CheckpointError(
-                    f"{path} is missing or damaged; train the session again with restart"
-                )
-            parts[name] = load_file(path)
-        return parts
+    @property
+    def finished(self) -> bool:
+        """Whether it is the end of a run."""
 
 
-def save_trained(
-    session: Session,
-    step: int,
-    parts: Mapping[str, Mapping[str, torch.Tensor]],
-    description: dict[str, Any],
-) -> TrainedWeights:
-    """Write weights as `checkpoints/step-NNNNNN`; a former one goes once the new one is whole.
+K = TypeVar("K", bound=Kept)
+
+
+def retained(rows: Sequence[K], keep_last: int, keep_every: int = 0) -> list[K]:
+    """Return those that stay: the last few, every n-th, and the newest that is finished.
+
+    What a finished run went on from goes, since its result was read back; every n-th stays.
 
     Args:
-        session: where to.
-        step: updates that the weights have seen.
-        parts: tensors by the name of their network.
-        description: how they came about; kept in the manifest.
+        rows: in the order of saving.
+        keep_last: how many of the last.
+        keep_every: those whose step is a multiple of it stay too; 0 for none.
+    """
+    finished = [number for number, row in enumerate(rows) if row.finished][-1:]
+    first = len(rows) - (1 if rows and rows[-1].finished else keep_last)
+    return [
+        row
+        for number, row in enumerate(rows)
+        if number >= first or number in finished or _is_milestone(row, keep_every)
+    ]
+
+
+def _is_milestone(row: Kept, keep_every: int) -> bool:
+    return keep_every > 0 and row.step % keep_every == 0
+
+
+def local_checkpoints_dir(session: Session) -> Path:
+    """Return the folder on this machine for the session's checkpoints; it need not exist.
 
     Raises:
-        WorkspaceError: they cannot be written.
+        SessionError: the session's record is damaged.
     """
-    folder = session.checkpoints_dir / f"step-{step:06d}"
-    partial = folder.with_name(f".{folder.name}.part")
-    former = folder.with_name(f".{folder.name}.old")
-    try:
-        for litter in session.checkpoints_dir.glob(".step-*.part"):
-            shutil.rmtree(litter, ignore_errors=True)
-        partial.mkdir(parents=True)
-        digests = {
-            name: save_safetensors(tensors, partial / f"{name}.safetensors").sha256
-            for name, tensors in parts.items()
-        }
-        manifest = {
-            **description,
-            "schema_version": 1,
-            "step": step,
-            "saved": now_text(),
-            "sha256": digests,
-        }
-        write_atomic(partial / _MANIFEST, json.dumps(manifest, indent=1).encode())
-        if folder.exists():
-            shutil.rmtree(former, ignore_errors=True)
-            folder.rename(former)
-        partial.rename(folder)
-    except OSError as error:
-        raise workspace_error("save the trained weights in", folder, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(former, ignore_errors=True)
-    return TrainedWeights(folder, manifest)
+    # A session that was deleted and made anew under its name is another one.
+    created = session.read_record().get("created", "")
+    key = hashlib.sha256(f"{session.folder.absolute()}\0{created}".encode()).hexdigest()[:16]
+    user = f"colabtools-{getattr(os, 'getuid', lambda: 0)()}"
+    return Path(tempfile.gettempdir()) / user / "checkpoints" / f"{session.name}-{key}"
 
 
-def find_trained(session: Session) -> list[TrainedWeights]:
-    """Return all trained weights of a session that have a manifest, the newest last."""
-    found = []
-    # A kill between the two renames of a save leaves the former weights under their hidden name.
-    patterns = ("step-*", ".step-*.old")
-    for folder in (path for p in patterns for path in session.checkpoints_dir.glob(p)):
+class CheckpointStore:
+    """Saves and finds a session's checkpoints; close it, or use it in a `with`, before leaving."""
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        staging: Path | None = None,
+        fresh: bool = False,
+    ) -> None:
+        """Choose the places; nothing is written yet.
+
+        Args:
+            session: where the checkpoints belong.
+            keep_last: how many of the last stay there.
+            keep_every: those whose step is a multiple of it stay too; 0 for none.
+            staging: folder on the machine that a checkpoint is written to before it is copied to
+                the session; `local_checkpoints_dir` is the one that others look into too. Without
+                it the session's own folder is written to.
+            fresh: what former runs left is not looked at, and goes once the first checkpoint of
+                this one is safe.
+        """
+        self._session = session
+        self._place = session.checkpoints_dir
+        self._local = local_checkpoints_dir(session) if staging is None else staging
+        self.staging = staging
+        self.keep_last, self._keep_every = max(1, keep_last), keep_every
+        self.fresh, self._oldest = fresh, 0
+        self._sequence = 0
+        # Checkpoints that are on the machine and not in the session, oldest first.
+        self._unsent: list[Saved] = []
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def __enter__(self) -> CheckpointStore:
+        """Return the store."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close; a failure on the way does not hide the block's own."""
+        if error is None:
+            self.close()
+            return
         try:
-            manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-            found.append(
-                (str(manifest["saved"]), int(manifest["step"]), TrainedWeights(folder, manifest))
+            self.close()
+        except Exception:
+            get_logger(__name__).exception("closing the checkpoints failed as well")
+
+    @property
+    def stranded(self) -> Path | None:
+        """Folder of the newest checkpoint if only this machine has it, or None."""
+        unsent = list(self._unsent)
+        return unsent[-1].folder if unsent else None
+
+    def save(self, snapshot: Snapshot) -> Saved:
+        """Return the checkpoint when a kill of the process can no longer lose it.
+
+        Raises:
+            CheckpointError: the snapshot holds what cannot be saved.
+            WorkspaceError: neither the session's folder nor the machine could keep it.
+        """
+        if self.staging is None:
+            self._join()
+        self._next_sequence()
+        first, second = (
+            (self._local, self._place) if self.staging is not None else (self._place, self._local)
+        )
+        try:
+            saved = self._write(first, snapshot)
+        except OSError as error:
+            saved = self._save_elsewhere(second, snapshot, workspace_error("save in", first, error))
+        self._join()
+        in_session = saved.folder.parent == self._place
+        if in_session:
+            self._rotate_session()
+        else:
+            self._unsent.append(saved)
+        self._drop_superseded(saved)
+        self._rotate_local()
+        # Where the session's folder failed just now it is tried at the next save, or by `wait`.
+        if self._unsent and (self.staging is not None or in_session):
+            self._send()
+        return saved
+
+    def newest(self) -> Saved | None:
+        """Return the newest checkpoint whose every byte is right, or None if none was ever saved.
+
+        Damaged ones are skipped with a warning.
+
+        Raises:
+            CheckpointError: there are some and all are damaged.
+            WorkspaceError: the session's folder cannot be read and the machine has none.
+        """
+        self._join()
+        found, problems, unreadable = _survey(self._session, self._local)
+        if self.fresh:
+            # What a former run left is neither ours to go back to nor in our way.
+            found = [saved for saved in found if 0 < self._oldest <= saved.sequence]
+            problems = []
+        for saved in reversed(found):
+            if not (damage := saved.damage()):
+                return saved
+            problems.append(damage)
+            _warn_skipped(damage)
+        if unreadable is not None:
+            raise unreadable
+        if problems:
+            raise CheckpointError(
+                f"no checkpoint of session {self._session.name!r} is whole: {'; '.join(problems)}; "
+                "set resume to never to start over"
             )
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return [weights for _, _, weights in sorted(found, key=lambda row: row[:2])]
+        return None
+
+    def in_session(self) -> list[Saved]:
+        """Return the checkpoints in the session's folder, oldest first; lengths are checked.
+
+        Raises:
+            WorkspaceError: it cannot be read.
+        """
+        self._join()
+        try:
+            found, _ = find_saved(self._place)
+        except OSError as error:
+            raise workspace_error("look for checkpoints in", self._place, error) from error
+        return [saved for saved in found if not saved.damage(quick=True)]
+
+    def wait(self) -> None:
+        """Return when no copy is under way; one that failed is tried once more. See `stranded`."""
+        self._join()
+        if self._unsent:
+            self._send()
+            self._join()
+
+    def close(self) -> None:
+        """Wait, as `wait` does."""
+        self.wait()
+
+    def remove_all(self) -> None:
+        """Remove every checkpoint of the session, damaged ones too, here and on the machine.
+
+        Raises:
+            WorkspaceError: the storage failed.
+        """
+        self._join()
+        self._unsent.clear()
+        for place in (self._local, self._place):
+            try:
+                if place.is_dir():
+                    remove_litter(place)
+                    for folder in checkpoint_folders(place):
+                        remove_folder(folder)
+            except OSError as error:
+                raise workspace_error("remove the checkpoints in", place, error) from error
+
+    def _next_sequence(self) -> None:
+        """Count on from what is there; by the clock, so that an unseen place is outrun as well."""
+        if not self._sequence:
+            found, _, _ = _survey(self._session, self._local)
+            self._sequence = max((saved.sequence for saved in found), default=0)
+        self._sequence = max(self._sequence + 1, time.time_ns() // 1_000_000)
+        if self.fresh and not self._oldest:
+            self._oldest = self._sequence
+
+    def _write(self, place: Path, snapshot: Snapshot) -> Saved:
+        if place == self._local:
+            _make_private(place)
+        return write_snapshot(place, snapshot, self._sequence)
+
+    def _save_elsewhere(self, place: Path, snapshot: Snapshot, reason: WorkspaceError) -> Saved:
+        self._join()
+        try:
+            saved = self._write(place, snapshot)
+        except OSError as error:
+            raise WorkspaceError(
+                f"step {snapshot.step} could not be saved: {reason}; nor could it in {place}: "
+                f"{workspace_error('save in', place, error)}"
+            ) from error
+        get_logger(__name__).warning(
+            "step %d is saved in %s instead: %s", snapshot.step, saved.folder, reason
+        )
+        return saved
+
+    def _drop_superseded(self, newest: Saved) -> None:
+        """Forget unsent ones that the session would not keep beside the newest."""
+        self._unsent = [
+            saved
+            for saved in self._unsent
+            if saved is newest
+            or (saved.step != newest.step and _is_milestone(saved, self._keep_every))
+        ]
+
+    def _send(self) -> None:
+        self._thread = threading.Thread(target=self._copy, name="checkpoint-copy")
+        self._thread.start()
+
+    def _copy(self) -> None:
+        """Copy what the session lacks, in a thread; whatever goes wrong is kept for the caller."""
+        try:
+            while self._unsent:
+                copy_saved(self._unsent[0], self._place)
+                del self._unsent[0]
+            self._rotate_session()
+        except OSError as error:
+            get_logger(__name__).warning(
+                "the newest checkpoint is safe in %s, on this machine only: %s; it is tried again "
+                "at the next save",
+                self._unsent[-1].folder,
+                workspace_error("copy it to", self._place, error),
+            )
+        except BaseException as error:
+            self._failure = error
+
+    def _join(self) -> None:
+        """Wait for the copy under way and raise what it could not deal with."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _rotate_session(self) -> None:
+        self._rotate(self._place, self.keep_last, self._keep_every)
+
+    def _rotate_local(self) -> None:
+        self._rotate(self._local, min(LOCAL_KEEP, self.keep_last), 0)
+
+    def _rotate(self, place: Path, keep_last: int, keep_every: int) -> None:
+        """Remove what is no longer kept; a damaged one does not take the place of a whole one."""
+        unsent = {saved.folder for saved in self._unsent}
+        try:
+            found, _ = find_saved(place)
+            whole = [saved for saved in found if not saved.damage(quick=True)]
+            ours = [saved for saved in whole if saved.sequence >= self._oldest]
+            keep = {saved.folder for saved in retained(ours, keep_last, keep_every)} | unsent
+            for saved in whole:
+                if saved.folder not in keep:
+                    remove_folder(saved.folder)
+        except OSError as error:
+            get_logger(__name__).warning("old checkpoints are left in %s: %s", place, error)
 
 
-def latest_trained(session: Session) -> TrainedWeights:
-    """Return the newest trained weights of a session.
+def find_trained(session: Session) -> list[Saved]:
+    """Return the checkpoints with weights to use, the newest last; lengths are checked, bytes not.
+
+    Raises:
+        WorkspaceError: the session's folder cannot be read and the machine has none.
+    """
+    found, _, unreadable = _survey(session, local_checkpoints_dir(session))
+    usable: dict[int, Saved] = {}
+    for saved in found:
+        if damage := saved.damage(quick=True):
+            _warn_skipped(damage)
+        elif saved.trained:
+            usable.setdefault(saved.sequence, saved)
+    if not usable and unreadable is not None:
+        raise unreadable
+    return list(usable.values())
+
+
+def latest_trained(session: Session) -> Saved:
+    """Return the newest weights of a session, of a finished run or of one under way.
 
     Raises:
         CheckpointError: there are none.
+        WorkspaceError: the session's folder cannot be read and the machine has none.
     """
     found = find_trained(session)
     if not found:
         raise CheckpointError(f"session {session.name!r} has no trained weights; run train first")
     return found[-1]
+
+
+def _survey(session: Session, local: Path) -> tuple[list[Saved], list[str], WorkspaceError | None]:
+    """Return what both places hold in the order of saving, what is wrong, and what was unreadable.
+
+    Of two copies the machine's comes last, because it is the faster to read.
+    """
+    found: list[Saved] = []
+    problems: list[str] = []
+    unreadable = None
+    for place in (session.checkpoints_dir, local):
+        try:
+            if place == local and place.exists() and not _is_ours(place):
+                continue
+            if place != local:
+                # An unmounted Drive looks like a session that has saved nothing.
+                session.folder.stat()
+            rows, wrong = find_saved(place)
+        except OSError as error:
+            failure = workspace_error("look for checkpoints in", place, error)
+            get_logger(__name__).warning("%s", failure)
+            unreadable = unreadable if place == local else failure
+            continue
+        found += rows
+        problems += wrong
+    for problem in problems:
+        _warn_skipped(problem)
+    return sorted(found, key=lambda saved: saved.sequence), problems, unreadable
+
+
+def _warn_skipped(problem: str) -> None:
+    get_logger(__name__).warning("skipping a damaged checkpoint: %s", problem)
+
+
+def _make_private(place: Path) -> None:
+    """Make a folder on the machine that only this user can enter."""
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours(place):
+        raise PermissionError(errno.EPERM, "the folder belongs to another user", str(place))
+
+
+def _is_ours(place: Path) -> bool:
+    user = getattr(os, "getuid", None)
+    return user is None or place.stat().st_uid == user()

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from colabtools import drive
-from colabtools.dreambooth.config import PrepareConfig, TrainConfig
+from colabtools.dreambooth.config import PrepareConfig
 from colabtools.dreambooth.dataset import prepare
 from colabtools.dreambooth.train import Trained, train
+from colabtools.dreambooth.train_config import TrainConfig
 
 SESSION = "robot"
 

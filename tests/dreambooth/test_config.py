@@ -3,57 +3,68 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from colabtools.dreambooth.config import (
+    EvaluateConfig,
     ExportConfig,
     GenerateConfig,
     PrepareConfig,
-    TrainConfig,
-    plan_training,
 )
 from colabtools.errors import ConfigError, ModelError
 from colabtools.registry import BASES
 
-CONFIGS = [ExportConfig, GenerateConfig, PrepareConfig, TrainConfig]
+CONFIGS = [EvaluateConfig, ExportConfig, GenerateConfig, PrepareConfig]
 NEEDED = {PrepareConfig: {"images": "photos"}}
 NAN, INFINITE = float("nan"), float("inf")
 
 NOT_FLAGS: list[Any] = ["False", "true", "", 0, 1, None]
-NOT_STEPS: list[Any] = [-1, 1.0, True, "100", "Auto", "", None, NAN]
-NOT_COUNTS: list[Any] = [0, -1, 2.0, True, "4", None]
-NOT_RATES: list[Any] = [0, -1e-6, NAN, INFINITE, True, "1e-6", "", None]
-NOT_SEEDS: list[Any] = [-1, 2**63, 0.5, True, "0", None]
-NOT_PROMPTS: list[Any] = ["", "   ", None, 7]
+NOT_COUNTS: list[Any] = [0, -1, 2.0, True, "4", "auto", None]
+NOT_RATES: list[Any] = [0, -1e-6, NAN, INFINITE, True, "5", "", None]
+NOT_NAMES: list[Any] = ["", "   ", None, 7]
+NOT_PROMPTS: list[Any] = ["", " ", "a||b", "a|", (), ("a", ""), (3,), None, 3]
+NOT_SEEDS: list[Any] = ["", "x", "1,,2", "1, -2", "1.5", (), (-1,), (True,), None, 3]
+NOT_SEEDS += [(2**63,), str(2**63), (0.5,), ([0],)]
+NOT_SIDES: list[Any] = [0, 63, 65, 100, -64, 4104, 10**9, 512.0, True, "512", None]
+NOT_STEPS: list[Any] = [-1, 1.0, True, "100", "auto", "", None, NAN]
 REFUSED: list[tuple[type[Any], str, list[Any]]] = [
+    (EvaluateConfig, "class_images", [*NOT_STEPS, 1]),
+    (EvaluateConfig, "class_name", NOT_NAMES),
+    (EvaluateConfig, "clip_model", NOT_NAMES),
+    (EvaluateConfig, "dino_model", NOT_NAMES),
+    (EvaluateConfig, "guidance_scale", NOT_RATES),
+    (EvaluateConfig, "num_inference_steps", NOT_COUNTS),
+    (EvaluateConfig, "prompts", [*NOT_PROMPTS, "a dog", "a {token}", "a {class}", "{token class}"]),
+    (EvaluateConfig, "prompts_file", [None, 3]),
+    (EvaluateConfig, "resolution", NOT_SIDES),
+    (EvaluateConfig, "seeds", NOT_SEEDS),
+    (EvaluateConfig, "step", NOT_STEPS),
+    (EvaluateConfig, "token", NOT_NAMES),
+    (ExportConfig, "disconnect", NOT_FLAGS),
     (ExportConfig, "dtype", ["fp8", "", "FP16", None, 16]),
     (ExportConfig, "formats", ["", "onnx", "safetensors, onnx", (), (1,), [["ckpt"]], None, 3]),
     (GenerateConfig, "compare", NOT_FLAGS),
-    (GenerateConfig, "guidance_scale", [*NOT_RATES, "5"]),
-    (GenerateConfig, "num_inference_steps", [*NOT_COUNTS, "auto"]),
-    (GenerateConfig, "prompts", ["", " ", "a||b", "a|", (), ("a", ""), (3,), None, 3]),
-    (GenerateConfig, "seeds", ["", "x", "1,,2", "1, -2", "1.5", (), (-1,), (True,), None, 3]),
-    (GenerateConfig, "seeds", [(2**63,), str(2**63), (0.5,), ([0],)]),
+    (GenerateConfig, "guidance_scale", NOT_RATES),
+    (GenerateConfig, "negative_prompt", [None, 3]),
+    (GenerateConfig, "num_inference_steps", NOT_COUNTS),
+    (GenerateConfig, "prompts", NOT_PROMPTS),
+    (GenerateConfig, "prompts_file", [None, 3]),
+    (GenerateConfig, "resolution", NOT_SIDES),
+    (GenerateConfig, "seeds", NOT_SEEDS),
+    (GenerateConfig, "step", NOT_STEPS),
+    (PrepareConfig, "allow_resolution", NOT_FLAGS),
     (PrepareConfig, "base_model", ["", " ", None]),
-    (PrepareConfig, "images", NOT_PROMPTS),
-    (PrepareConfig, "instance_prompt", NOT_PROMPTS),
+    (PrepareConfig, "buckets", NOT_FLAGS),
+    (PrepareConfig, "images", NOT_NAMES),
+    (PrepareConfig, "instance_prompt", NOT_NAMES),
     (PrepareConfig, "replace", NOT_FLAGS),
-    (PrepareConfig, "resolution", [0, 63, 65, 100, -64, 4104, 10**9, 512.0, True, "512", None]),
-    (TrainConfig, "base_model", ["", " ", None]),
-    (TrainConfig, "batch_size", NOT_COUNTS),
-    (TrainConfig, "class_prompt", [None, 7]),
-    (TrainConfig, "num_class_images", NOT_COUNTS),
-    (TrainConfig, "prior_loss_weight", [*NOT_RATES, "auto"]),
-    (TrainConfig, "prior_preservation", NOT_FLAGS),
-    (TrainConfig, "restart", NOT_FLAGS),
-    (TrainConfig, "seed", [*NOT_SEEDS, "auto"]),
-    (TrainConfig, "text_encoder_lr", NOT_RATES),
-    (TrainConfig, "text_encoder_steps", NOT_STEPS),
-    (TrainConfig, "unet_lr", NOT_RATES),
-    (TrainConfig, "unet_steps", NOT_STEPS),
+    (PrepareConfig, "resolution", NOT_SIDES),
 ]
 
 
@@ -64,7 +75,7 @@ REFUSED: list[tuple[type[Any], str, list[Any]]] = [
 def test_a_value_that_cannot_work_is_refused_by_its_field(
     config: type[Any], name: str, value: object
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"^{name} is .*; (give|prior)") as why:
+    with pytest.raises(ConfigError, match=rf"^{name} is .*; give ") as why:
         config(**{**NEEDED.get(config, {}), name: value})
     assert "\n" not in str(why.value)
 
@@ -81,8 +92,8 @@ def test_a_config_is_frozen_by_keyword_only_and_knows_its_fields(config: type[An
         setattr(made, fields(config)[0].name, "x")
     with pytest.raises(TypeError):
         config("photos")
-    with pytest.raises(TypeError, match="unet_stepz"):
-        config(**NEEDED.get(config, {}), unet_stepz=1)
+    with pytest.raises(TypeError, match="stepz"):
+        config(**NEEDED.get(config, {}), stepz=1)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -117,13 +128,41 @@ def test_a_list_becomes_a_tuple() -> None:
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
 def test_the_smallest_and_the_largest_seed_are_allowed(seed: int) -> None:
-    assert TrainConfig(seed=seed).seed == seed
     assert GenerateConfig(seeds=(seed,)).seeds == (seed,)
 
 
-@pytest.mark.parametrize("resolution", [64, 72, 512, 4096])
-def test_a_resolution_is_the_side_of_the_pictures(resolution: int) -> None:
-    assert PrepareConfig(images="x", resolution=resolution).side == resolution
+@pytest.mark.parametrize("config", [EvaluateConfig, GenerateConfig])
+def test_prompts_and_a_file_of_prompts_are_not_given_both(config: type[Any]) -> None:
+    assert config(prompts_file="mine.txt").prompts_file == "mine.txt"
+    with pytest.raises(ConfigError, match="^prompts_file is 'mine.txt'; give either this or"):
+        config(prompts_file="mine.txt", prompts="a {token} {class} on Mars")
+
+
+def test_a_negative_prompt_needs_guidance() -> None:
+    assert GenerateConfig(negative_prompt="rain", guidance_scale=1.5).negative_prompt == "rain"
+    with pytest.raises(ConfigError, match="^negative_prompt is 'rain'; give none, or a guidance"):
+        GenerateConfig(negative_prompt="rain", guidance_scale=1)
+
+
+@pytest.mark.parametrize(("base", "resolution"), [("micro", 64), ("micro", 96), ("sd-1.5", 640)])
+def test_a_size_that_the_base_model_knows_is_the_side_of_the_pictures(
+    base: str, resolution: int
+) -> None:
+    config = PrepareConfig(images="x", base_model=base, resolution=resolution)
+    assert config.side == resolution
+
+
+@pytest.mark.parametrize(("base", "resolution"), [("micro", 512), ("sd-1.5", 64), ("sd-1.5", 768)])
+def test_a_size_that_the_base_model_was_not_made_for_must_be_allowed(
+    base: str, resolution: int
+) -> None:
+    config = PrepareConfig(images="x", base_model=base, resolution=resolution)
+    with pytest.raises(ConfigError, match=rf"^resolution is {resolution}; .* set allow_resolution"):
+        _ = config.side
+    allowed = PrepareConfig(
+        images="x", base_model=base, resolution=resolution, allow_resolution=True
+    )
+    assert allowed.side == resolution
 
 
 @pytest.mark.parametrize("base", sorted(BASES))
@@ -137,69 +176,41 @@ def test_a_side_needs_a_base_model_that_is_known(resolution: Any) -> None:
         _ = PrepareConfig(images="x", base_model="nope", resolution=resolution).side
 
 
-AUTO = ["text_encoder_steps", "unet_steps", "text_encoder_lr", "unet_lr", "batch_size"]
+def test_prompts_of_a_file_are_its_lines_without_remarks_and_doubles(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    # Notepad begins its files with a byte order mark and ends lines with \r\n.
+    file.write_bytes("\ufeffa red star\r\n\r\n  # later\r\n a cat|dog \r\na red star\r\n".encode())
+    assert GenerateConfig(prompts_file=str(file)).load_prompts() == ("a red star", "a cat|dog")
+    with pytest.raises(ConfigError, match=r"^prompts_file is 'a red star'; give templates"):
+        EvaluateConfig(prompts_file=str(file)).load_prompts()
 
 
-@pytest.mark.parametrize("base", sorted(BASES))
-def test_auto_is_the_reference_run_of_the_base_model(base: str) -> None:
-    plan = plan_training(TrainConfig(base_model=base))
-    assert plan.base is BASES[base]
-    assert {name: getattr(plan, name) for name in AUTO} == {
-        name: getattr(BASES[base], name) for name in AUTO
-    }
-    assert plan.total_steps == BASES[base].text_encoder_steps + BASES[base].unet_steps
+def test_without_a_file_the_prompts_are_those_of_the_field() -> None:
+    assert GenerateConfig(prompts=("a cat",)).load_prompts() == ("a cat",)
+    assert EvaluateConfig().load_prompts() == EvaluateConfig.prompts
 
 
-def test_a_number_wins_over_auto() -> None:
-    chosen = {
-        "text_encoder_steps": 0,
-        "unet_steps": 3,
-        "text_encoder_lr": 0.5,
-        "unet_lr": 1,
-        "batch_size": 7,
-        "num_class_images": 9,
-        "seed": 11,
-        "prior_loss_weight": 0.25,
-    }
-    plan = plan_training(
-        TrainConfig(prior_preservation=True, class_prompt="a dog", **chosen)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "it cannot be read"), (b"\xff\xfe\x00", "it cannot be read"), (b"# a\n\n", "none")],
+)
+def test_a_file_without_prompts_is_named(
+    tmp_path: Path, content: bytes | None, expected: str
+) -> None:
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"^prompts_file is .*prompts\.txt'.*{expected}"):
+        GenerateConfig(prompts_file=str(file)).load_prompts()
+
+
+def test_the_settings_are_made_without_loading_a_heavy_library() -> None:
+    code = (
+        "import sys\n"
+        "from colabtools.dreambooth import config, train_config\n"
+        "train_config.TrainConfig(), config.PrepareConfig(images='x').side\n"
+        "config.EvaluateConfig(), config.ExportConfig(), config.GenerateConfig()\n"
+        "print(sorted({'torch', 'diffusers', 'transformers', 'peft'} & {*sys.modules}))\n"
     )
-    assert {name: getattr(plan, name) for name in chosen} == chosen
-    assert (plan.class_prompt, plan.total_steps) == ("a dog", 3)
-
-
-def test_without_prior_preservation_there_are_no_class_pictures() -> None:
-    plan = plan_training(TrainConfig(class_prompt="a dog", num_class_images=9))
-    assert (plan.class_prompt, plan.num_class_images) == ("", 0)
-
-
-def test_with_prior_preservation_auto_is_the_number_of_the_base_model() -> None:
-    plan = plan_training(TrainConfig(prior_preservation=True, class_prompt="a dog"))
-    assert plan.num_class_images == BASES["micro"].num_class_images
-
-
-@pytest.mark.parametrize("prompt", ["", "  "])
-def test_prior_preservation_needs_a_class_prompt(prompt: str) -> None:
-    with pytest.raises(ConfigError, match="^class_prompt is .*prior_preservation needs one"):
-        TrainConfig(prior_preservation=True, class_prompt=prompt)
-
-
-def test_no_steps_in_both_stages_is_refused_and_in_one_is_not() -> None:
-    with pytest.raises(ConfigError, match="text_encoder_steps and unet_steps are both 0"):
-        TrainConfig(text_encoder_steps=0, unet_steps=0)
-    assert TrainConfig(text_encoder_steps=0).unet_steps == "auto"
-    assert TrainConfig(unet_steps=0).text_encoder_steps == "auto"
-
-
-def test_no_steps_because_auto_is_none_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    base = replace(BASES["micro"], name="still", unet_steps=0)
-    monkeypatch.setitem(BASES, "still", base)
-    with pytest.raises(ConfigError, match="are both 0"):
-        plan_training(TrainConfig(base_model="still", text_encoder_steps=0))
-
-
-def test_a_plan_needs_a_base_model_that_is_known() -> None:
-    with pytest.raises(ModelError, match="unknown base_model"):
-        plan_training(TrainConfig(base_model="nope"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,4 +1,4 @@
-"""Photos into a session: upright squares with captions, stored once, never half."""
+"""Photos into a session: upright pictures with captions, stored once, never half."""
 
 from __future__ import annotations
 
@@ -16,10 +16,25 @@ from PIL import Image
 from colabtools import images, micro
 from colabtools.dreambooth import dataset
 from colabtools.dreambooth.config import PrepareConfig
-from colabtools.dreambooth.dataset import Example, Prepared, fingerprint, load_examples, prepare
+from colabtools.dreambooth.dataset import (
+    Example,
+    Prepared,
+    check_examples,
+    fingerprint,
+    load_examples,
+    prepare,
+    split_heldout,
+)
 from colabtools.dreambooth.session import Session, create_session, open_session
 from colabtools.drive import Workspace
-from colabtools.errors import DatasetError, ImageError, ModelError, SessionError, WorkspaceError
+from colabtools.errors import (
+    ConfigError,
+    DatasetError,
+    ImageError,
+    ModelError,
+    SessionError,
+    WorkspaceError,
+)
 
 
 @pytest.fixture
@@ -81,8 +96,53 @@ def test_photos_become_squares_of_the_resolution_in_the_order_of_their_names(
     names = [example.path.name for example in prepared.examples]
     assert names == ["10.png", "9.png", "A.png", "a 2.png", "b.png", "ü.png"]
     for example in prepared.examples:
+        assert example.size == (72, 72)
         with Image.open(example.path) as picture:
             assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (72, 72))
+
+
+def test_with_buckets_each_photo_keeps_its_shape_as_nearly_as_can_be(
+    workspace: Workspace, photos: Path
+) -> None:
+    sizes = {
+        "square": (90, 90),
+        "camera": (120, 90),
+        "upright": (90, 120),
+        "panorama": (400, 90),
+        "exact": (80, 48),
+    }
+    for seed, (name, size) in enumerate(sizes.items()):
+        add_photo(photos, f"{name}.png", seed=seed, size=size)
+    prepared = prepare_photos(workspace, photos, buckets=True)
+    assert {example.path.stem: example.size for example in prepared.examples} == {
+        "square": (64, 64),
+        "camera": (72, 56),
+        "upright": (56, 72),
+        "panorama": (80, 48),
+        "exact": (80, 48),
+    }
+    for example in prepared.examples:
+        original = images.load_upright(photos / example.path.name)
+        fitted = images.fit(original, *example.size)
+        assert images.load_upright(example.path).tobytes() == fitted.tobytes()
+    assert prepared.session.read_record()["buckets"] is True
+    before = state([workspace.root])
+    assert prepare_photos(workspace, photos, buckets=True) == prepared
+    assert state([workspace.root]) == before
+    with pytest.raises(DatasetError, match="already holds 5 pictures"):
+        prepare_photos(workspace, photos)
+
+
+def test_a_resolution_that_the_base_model_cannot_draw_is_refused_unless_allowed(
+    workspace: Workspace, photos: Path
+) -> None:
+    add_photo(photos, "a.png")
+    workspace.root.mkdir()
+    with pytest.raises(ConfigError, match="resolution is 768; micro was trained at 64"):
+        prepare_photos(workspace, photos, resolution=768)
+    assert list(workspace.root.iterdir()) == []
+    (example,) = prepare_photos(workspace, photos, resolution=128, allow_resolution=True).examples
+    assert example.size == (128, 128)
 
 
 def test_a_sideways_photo_is_stored_upright(workspace: Workspace, photos: Path) -> None:
@@ -239,7 +299,7 @@ def test_another_resolution_is_another_set_of_pictures(workspace: Workspace, pho
     add_photo(photos, "a.png")
     prepare_photos(workspace, photos)
     with pytest.raises(DatasetError, match="already holds 1 pictures"):
-        prepare_photos(workspace, photos, resolution=128)
+        prepare_photos(workspace, photos, resolution=96)
 
 
 def test_pictures_that_lost_their_captions_get_them_again(
@@ -409,17 +469,131 @@ def test_a_picture_without_a_readable_caption_is_refused_by_name(
     assert str(caption) in str(why.value)
 
 
+def test_a_caption_file_of_either_suffix_belongs_to_a_stored_picture(
+    workspace: Workspace, photos: Path
+) -> None:
+    add_photo(photos, "my.dog.png")
+    session = prepare_photos(workspace, photos).session
+    (session.captions_dir / "my.dog.txt").rename(session.captions_dir / "my.dog.caption")
+    assert stored(session) == {"my.dog.png": "a sks star"}
+
+
+def three_examples(workspace: Workspace, photos: Path) -> Prepared:
+    for seed, name in enumerate(["a.png", "b.png", "c.png"]):
+        add_photo(photos, name, seed=seed)
+    return prepare_photos(workspace, photos)
+
+
+def test_what_was_prepared_passes_the_check_and_stays_as_it_is(
+    workspace: Workspace, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepared = three_examples(workspace, photos)
+    before = state([workspace.root])
+    check_examples(prepared.session, prepared.examples, strict=True)
+    assert state([workspace.root]) == before
+    assert caplog.messages == []
+
+
+def test_a_picture_that_is_cut_off_in_mid_set_is_named(workspace: Workspace, photos: Path) -> None:
+    prepared = three_examples(workspace, photos)
+    path = prepared.examples[1].path
+    path.write_bytes(path.read_bytes()[:-2000])
+    examples = load_examples(prepared.session)
+    with pytest.raises(ImageError, match=r"^b\.png cannot be read as a picture") as why:
+        check_examples(prepared.session, examples, strict=False)
+    assert "\n" not in str(why.value)
+
+
+def test_a_file_that_is_no_picture_is_named_when_examples_are_loaded(
+    workspace: Workspace, photos: Path
+) -> None:
+    prepared = three_examples(workspace, photos)
+    prepared.examples[1].path.write_bytes(b"")
+    with pytest.raises(ImageError, match=r"^b\.png cannot be read as a picture"):
+        load_examples(prepared.session)
+
+
+@pytest.mark.parametrize("change", ["empty", "orphan"])
+def test_a_caption_without_words_or_picture_is_refused_if_strict_and_else_named(
+    workspace: Workspace, photos: Path, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    session = three_examples(workspace, photos).session
+    name = {"empty": "b.txt", "orphan": "d.txt"}[change]
+    (session.captions_dir / name).write_text("" if change == "empty" else "a dog")
+    examples = load_examples(session)
+    with pytest.raises(DatasetError, match=name) as why:
+        check_examples(session, examples, strict=True)
+    assert "\n" not in str(why.value)
+    check_examples(session, examples, strict=False)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert name in caplog.text
+
+
+def test_a_picture_whose_edge_would_be_dropped_is_refused(
+    workspace: Workspace, photos: Path
+) -> None:
+    """As those of an old session can be, which nobody made the right size."""
+    prepared = three_examples(workspace, photos)
+    add_photo(prepared.session.instance_images_dir, "b.png", size=(64, 60))
+    with pytest.raises(DatasetError, match=r"^b\.png .* is 64 x 60 pixels; both must be multiples"):
+        check_examples(prepared.session, load_examples(prepared.session), strict=False)
+
+
+def named(count: int) -> tuple[Example, ...]:
+    return tuple(Example(Path(f"{number:03}.png"), "a dog", (64, 64)) for number in range(count))
+
+
+def test_held_out_pictures_are_set_apart_in_their_order() -> None:
+    examples = named(20)
+    train, heldout = split_heldout(examples, 5, seed=0)
+    assert (len(train), len(heldout)) == (15, 5)
+    assert set(train) | set(heldout) == set(examples)
+    assert (sorted(train, key=lambda e: e.path), sorted(heldout, key=lambda e: e.path)) == (
+        list(train),
+        list(heldout),
+    )
+    assert split_heldout(examples, 5, seed=0) == (train, heldout)
+    assert len({split_heldout(examples, 5, seed)[1] for seed in range(10)}) > 5
+    assert split_heldout(examples, 0, seed=0) == (examples, ())
+
+
+def test_a_picture_more_exchanges_at_most_one_held_out_picture() -> None:
+    examples = named(40)
+    for count in range(10, 39):
+        before = set(split_heldout(examples[:count], 5, seed=1)[1])
+        after = set(split_heldout(examples[: count + 1], 5, seed=1)[1])
+        assert after <= before | {examples[count]}
+
+
+def test_a_name_that_a_mac_spells_otherwise_has_the_same_lot() -> None:
+    others = named(9)
+    for spelling in ("\u00fc.png", "u\u0308.png"):
+        picture = Example(Path(spelling), "a dog", (64, 64))
+        lots = [picture in split_heldout((*others, picture), 5, seed)[1] for seed in range(30)]
+        assert any(lots)
+        assert not all(lots)
+        if spelling == "\u00fc.png":
+            expected = lots
+    assert lots == expected
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_holding_out_every_picture_is_refused(count: int) -> None:
+    with pytest.raises(ConfigError, match="heldout_images is . and there are 3 .* at most 2"):
+        split_heldout(named(3), count, seed=0)
+
+
 @pytest.mark.parametrize("change", ["pixels", "caption", "name", "count"])
 def test_the_fingerprint_changes_with_all_that_is_trained(tmp_path: Path, change: str) -> None:
-    first = Example(add_photo(tmp_path, "a.png", seed=1), "a dog")
-    second = Example(add_photo(tmp_path, "b.png", seed=2), "a dog")
+    first = Example(add_photo(tmp_path, "a.png", seed=1), "a dog", (90, 70))
+    second = Example(add_photo(tmp_path, "b.png", seed=2), "a dog", (90, 70))
     before = fingerprint((first, second))
     assert fingerprint((first, second)) == before
     if change == "pixels":
         add_photo(tmp_path, "b.png", seed=3)
     elif change == "name":
-        second = Example(second.path.rename(tmp_path / "c.png"), "a dog")
+        second = Example(second.path.rename(tmp_path / "c.png"), "a dog", (90, 70))
     elif change == "caption":
-        second = Example(second.path, "a cat")
+        second = Example(second.path, "a cat", (90, 70))
     after = (first,) if change == "count" else (first, second)
     assert fingerprint(after) != before

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
-from colabtools import drive, micro
+from colabtools import drive, env, micro
+from colabtools.dreambooth import export as exporting
 from colabtools.dreambooth.config import ExportConfig
 from colabtools.dreambooth.export import export
 from colabtools.dreambooth.generate import draw, load_trained_pipeline
@@ -77,3 +79,55 @@ def test_an_untrained_session_is_refused(workspace: drive.Workspace) -> None:
     with pytest.raises(CheckpointError, match="run train first"):
         export(workspace, SESSION, ExportConfig())
     assert not list(open_session(workspace, SESSION).folder.glob("*.safetensors"))
+
+
+@pytest.fixture
+def released(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """One entry for each time that the runtime was given back, which nothing here can be."""
+    seen: list[str] = []
+
+    def release() -> bool:
+        seen.append("given back")
+        return True
+
+    monkeypatch.setattr(env, "release_runtime", release)
+    return seen
+
+
+@pytest.mark.parametrize("disconnect", [False, True])
+def test_the_runtime_is_given_back_only_when_asked_for(
+    trained: tuple[drive.Workspace, Trained], released: list[str], disconnect: bool
+) -> None:
+    export(trained[0], SESSION, ExportConfig(disconnect=disconnect))
+    assert len(released) == disconnect
+
+
+def test_the_runtime_is_kept_where_a_file_does_not_verify(
+    trained: tuple[drive.Workspace, Trained],
+    released: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def damaged(*args: object) -> None:
+        raise CheckpointError("the file reads back differently")
+
+    monkeypatch.setattr(exporting, "save_ckpt", damaged)
+    with pytest.raises(CheckpointError, match="reads back differently"):
+        export(trained[0], SESSION, ExportConfig(formats=("ckpt",), disconnect=True))
+    assert released == []
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_hosted_runtime_is_kept_where_its_disk_holds_the_files(
+    trained: tuple[drive.Workspace, Trained],
+    released: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    remote: bool,
+) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(env, "where", lambda: env.Where(env.Place.COLAB, ("a test",)))
+    monkeypatch.setattr(exporting, "is_remote", lambda folder: asked.append(folder) or remote)
+    export(trained[0], SESSION, ExportConfig(disconnect=True))
+    assert asked == [open_session(trained[0], SESSION).folder]
+    assert len(released) == remote
+    assert ("the runtime is kept" in caplog.text) is not remote

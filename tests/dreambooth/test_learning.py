@@ -17,16 +17,17 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from colabtools import drive, registry
-from colabtools.dreambooth.config import PrepareConfig, TrainConfig
+from colabtools.dreambooth.config import PrepareConfig
 from colabtools.dreambooth.dataset import prepare
 from colabtools.dreambooth.generate import load_trained_pipeline
 from colabtools.dreambooth.models import load_pipeline
 from colabtools.dreambooth.train import train
+from colabtools.dreambooth.train_config import TrainConfig
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "dreambooth_learning.py"
 SHORT = TrainConfig(
-    text_encoder_steps=15,
-    unet_steps=90,
+    text_encoder_steps=10,
+    unet_steps=40,
     unet_lr=5e-4,
     class_prompt="a star",
     num_class_images=8,
@@ -67,7 +68,9 @@ def trained_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipelines:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.heavy) for seed in range(1, 5))]
+)
 def test_the_subject_is_learned(
     seed: int,
     measure: ModuleType,
@@ -86,7 +89,7 @@ def test_the_subject_is_learned(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.heavy)])
 def test_with_the_prior_the_class_loss_rises_less(
     seed: int,
     measure: ModuleType,

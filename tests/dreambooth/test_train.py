@@ -1,23 +1,43 @@
+"""Whole runs on the embedded model: what they train, leave alone, write and refuse."""
+
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from colabtools import drive, registry
+from colabtools.dreambooth import loop
 from colabtools.dreambooth import train as training
-from colabtools.dreambooth.config import PrepareConfig, TrainConfig
-from colabtools.dreambooth.dataset import prepare
+from colabtools.dreambooth.config import PrepareConfig
+from colabtools.dreambooth.dataset import load_examples, prepare
 from colabtools.dreambooth.models import load_pipeline
 from colabtools.dreambooth.session import open_session
-from colabtools.dreambooth.state import find_trained
-from colabtools.errors import DatasetError, SessionError, TrainingError
+from colabtools.dreambooth.state import CheckpointStore, find_trained
+from colabtools.dreambooth.train_config import TrainConfig
+from colabtools.errors import ColabToolsError, ConfigError, DatasetError, SessionError
 
 from .conftest import SESSION
 
 SHORT = TrainConfig(text_encoder_steps=2, unet_steps=2, batch_size=2)
+
+
+def train(workspace: drive.Workspace, config: TrainConfig = SHORT, **changes: Any) -> Any:
+    return training.train(workspace, SESSION, replace(config, **changes))
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name, tensor in after.items() if not tensor.equal(before[name])]
+
+
+@pytest.fixture(scope="module")
+def base() -> dict[str, dict[str, torch.Tensor]]:
+    pipeline = load_pipeline(registry.BASES["micro"])
+    return {part: getattr(pipeline, part).state_dict() for part in ("text_encoder", "unet")}
 
 
 def test_the_loss_of_every_update_is_logged_and_drawn(
@@ -43,25 +63,54 @@ def test_the_learning_rate_falls_linearly_in_each_stage(
     assert rates == pytest.approx(expected)
 
 
-def test_each_stage_changes_its_own_network_only(workspace: drive.Workspace) -> None:
-    base = load_pipeline(registry.BASES["micro"])
-    text_only = replace(SHORT, unet_steps=0)
-    parts = training.train(workspace, SESSION, text_only).weights.load()
-    assert parts.keys() == {"text_encoder"}
-    before = base.text_encoder.state_dict()
-    changed = [name for name, t in parts["text_encoder"].items() if not t.equal(before[name])]
-    assert len(changed) > 100
-    unet_only = training.train(workspace, SESSION, replace(SHORT, text_encoder_steps=0))
-    assert unet_only.weights.load().keys() == {"unet"}
+def test_a_finished_run_leaves_only_its_result(
+    trained: tuple[drive.Workspace, training.Trained],
+) -> None:
+    workspace, result = trained
+    folders = list(open_session(workspace, SESSION).checkpoints_dir.iterdir())
+    assert folders == [result.weights.folder]
+    assert result.weights.finished
+    assert result.weights.load_state() == {}
+
+
+@pytest.mark.parametrize(
+    ("steps", "parts"), [((2, 0), {"text_encoder"}), ((0, 2), {"unet"})], ids=["text", "unet"]
+)
+def test_a_separate_stage_changes_its_own_network_only(
+    workspace: drive.Workspace,
+    base: dict[str, Any],
+    steps: tuple[int, int],
+    parts: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[loop.StageLoop] = []
+    step = loop.StageLoop.step
+    monkeypatch.setattr(
+        loop.StageLoop, "step", lambda self, world: (seen.append(self), step(self, world))
+    )
+    result = train(workspace, text_encoder_steps=steps[0], unet_steps=steps[1]).weights.load()
+    assert result.keys() == parts
+    (part,) = parts
+    assert len(changed(base[part], result[part])) > 0.9 * len(result[part])
+    (other,) = {"text_encoder", "unet"} - parts
+    frozen = seen[-1]._models.part(other)
+    assert changed(base[other], frozen.state_dict()) == []
+    assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
+
+
+def test_joint_training_moves_both_networks_in_one_stage(
+    workspace: drive.Workspace, base: dict[str, Any]
+) -> None:
+    run = train(workspace, stages="joint", text_encoder_steps="auto", text_encoder_lr=1e-3)
+    assert [(m.step, m.stage) for m in run.metrics] == [(1, "joint"), (2, "joint")]
+    result = run.weights.load()
+    assert all(len(changed(base[p], result[p])) > 100 for p in ("text_encoder", "unet"))
 
 
 def test_the_same_seed_trains_the_same_weights_and_another_seed_others(
     workspace: drive.Workspace,
 ) -> None:
-    runs = [
-        training.train(workspace, SESSION, replace(SHORT, seed=seed, restart=True))
-        for seed in (1, 1, 2)
-    ]
+    runs = [train(workspace, seed=seed, resume="never") for seed in (1, 1, 2)]
     losses = [[metric.loss for metric in run.metrics] for run in runs]
     assert losses[0] == losses[1] != losses[2]
 
@@ -69,22 +118,25 @@ def test_the_same_seed_trains_the_same_weights_and_another_seed_others(
 def test_a_session_that_is_trained_already_is_left_alone(
     workspace: drive.Workspace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = training.train(workspace, SESSION, SHORT)
+    first = train(workspace)
     manifest = first.weights.folder / "manifest.json"
     written = manifest.stat().st_mtime_ns
     with caplog.at_level("INFO"):
-        again = training.train(workspace, SESSION, SHORT)
+        again = train(workspace)
     assert (again.metrics, manifest.stat().st_mtime_ns) == ((), written)
     assert "trained with these settings already" in caplog.text
-    assert training.train(workspace, SESSION, replace(SHORT, restart=True)).metrics
-    assert training.train(workspace, SESSION, replace(SHORT, seed=5)).metrics
+    with pytest.raises(ConfigError, match="trained already with other settings: seed 0 -> 5"):
+        train(workspace, seed=5)
+    assert manifest.stat().st_mtime_ns == written
+    assert train(workspace, seed=5, resume="never").metrics
 
 
-def test_a_changed_caption_is_trained_again(workspace: drive.Workspace) -> None:
-    training.train(workspace, SESSION, SHORT)
+def test_changed_pictures_are_a_change(workspace: drive.Workspace) -> None:
+    train(workspace)
     caption = open_session(workspace, SESSION).captions_dir / "3.txt"
     caption.write_text("a sks star in the snow")
-    assert training.train(workspace, SESSION, SHORT).metrics
+    with pytest.raises(ConfigError, match="other settings: pictures"):
+        train(workspace)
 
 
 def test_class_pictures_are_drawn_once_for_each_prompt(
@@ -97,41 +149,115 @@ def test_class_pictures_are_drawn_once_for_each_prompt(
 
 
 def test_the_prior_adds_the_class_pictures_to_the_loss(workspace: drive.Workspace) -> None:
-    def losses(weight: float) -> list[float]:
-        config = replace(
-            SHORT,
-            text_encoder_steps=0,
-            unet_steps=1,
-            prior_preservation=True,
-            class_prompt="a star",
-            num_class_images=2,
-            prior_loss_weight=weight,
-            restart=True,
-        )
-        return [metric.loss for metric in training.train(workspace, SESSION, config).metrics]
+    prior = {"prior_preservation": True, "class_prompt": "a star", "num_class_images": 2}
 
-    one, two, four = (losses(weight)[0] for weight in (1.0, 2.0, 4.0))
+    def loss(weight: float) -> float:
+        steps = {"text_encoder_steps": 0, "unet_steps": 1, "resume": "never"}
+        return float(train(workspace, **prior, **steps, prior_loss_weight=weight).metrics[0].loss)
+
+    one, two, four = (loss(weight) for weight in (1.0, 2.0, 4.0))
     assert four - two == pytest.approx(2 * (two - one), rel=1e-4)
     assert two > one
 
 
-def test_a_loss_that_is_not_finite_stops_and_saves_nothing(
-    workspace: drive.Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        training, "dreambooth_loss", lambda errors, *_: errors.mean() * float("nan")
+def test_samples_are_drawn_and_change_nothing(workspace: drive.Workspace) -> None:
+    plain = train(workspace)
+    sampled = train(
+        workspace, sample_every=2, sample_prompts="a sks star|a star", sample_seeds=(4,),
+        resume="never",
+    )  # fmt: skip
+    folder = open_session(workspace, SESSION).samples_dir / "training"
+    assert [path.name for path in sorted(folder.iterdir())] == [
+        "step-000002.png",
+        "step-000004.png",
+    ]
+    assert sampled.metrics == plain.metrics
+    first, second = plain.weights, sampled.weights
+    assert first.files == second.files
+
+
+def test_heldout_pictures_are_measured_and_not_trained_on(workspace: drive.Workspace) -> None:
+    train(workspace, heldout_images=2, checkpoint_every=1)
+    session = open_session(workspace, SESSION)
+    text = (session.logs_dir / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    measured = {row["step"]: row["heldout_loss"] for row in rows if "heldout_loss" in row}
+    assert measured.keys() == {1, 2, 3, 4}
+    assert len(set(measured.values())) == 4
+    with pytest.raises(ConfigError, match="heldout_images is 5"):
+        train(workspace, heldout_images=5, resume="never")
+
+
+def test_events_for_tensorboard_hold_the_losses(workspace: drive.Workspace) -> None:
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
     )
-    with pytest.raises(TrainingError, match="loss is nan at step 1 while training the text_enc"):
-        training.train(workspace, SESSION, SHORT)
+    result = train(workspace, tensorboard=True)
+    folder = open_session(workspace, SESSION).logs_dir / "tensorboard"
+    events = event_accumulator.EventAccumulator(str(folder)).Reload()
+    scalars = events.Scalars("loss")
+    assert [event.step for event in scalars] == [1, 2, 3, 4]
+    assert [event.value for event in scalars] == pytest.approx([m.loss for m in result.metrics])
+
+
+def test_states_are_kept_for_good_every_so_often(workspace: drive.Workspace) -> None:
+    train(workspace, unet_steps=4, save_every=2, checkpoint_every=1, keep_last=1)
+    session = open_session(workspace, SESSION)
+    kept = find_trained(session)
+    assert [(saved.step, saved.finished) for saved in kept] == [(2, False), (4, False), (6, True)]
+    # What is called step 4 has seen four updates, no more and no fewer.
+    assert kept[1].load_state()["metrics"][-1]["step"] == 4
+    files = sorted(path.name for path in session.folder.glob("*.safetensors"))
+    assert files == [f"{SESSION}_step_2.safetensors", f"{SESSION}_step_4.safetensors"]
+    single = load_file(session.folder / files[1])
+    unet = kept[1].load()["unet"]["conv_in.weight"]
+    assert single["model.diffusion_model.input_blocks.0.0.weight"].equal(unet.half())
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("optimizer", {"optimizer": "adma"}, "adma"),
+    ("rank", {"method": "lora", "lora_rank": 0}, "lora_rank is 0"),
+    ("rate", {"unet_lr": -1e-4}, "unet_lr is -0.0001"),
+    ("class prompt", {"prior_preservation": True}, "class_prompt is ''"),
+    ("zero snr", {"zero_terminal_snr": True}, "zero_terminal_snr"),
+    ("base", {"base_model": "nowhere"}, "unknown base_model 'nowhere'"),
+    ("prodigy rates", {"optimizer": "prodigy", "stages": "joint", "text_encoder_steps": "auto",
+                       "unet_lr": 0.5}, "prodigy"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"), [row[1:] for row in BAD], ids=[row[0] for row in BAD]
+)
+def test_what_cannot_work_is_refused_in_one_line_before_any_step(
+    workspace: drive.Workspace,
+    changes: dict[str, Any],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loop.StageLoop, "step", lambda *_: pytest.fail("a step was done"))
+    with pytest.raises(ColabToolsError, match=words) as why:
+        train(workspace, **changes)
+    assert "\n" not in str(why.value)
     assert find_trained(open_session(workspace, SESSION)) == []
 
 
-def test_every_picture_is_seen_once_before_any_is_seen_again() -> None:
-    batches = training._batches(5, 2, torch.Generator().manual_seed(0))
-    rows = torch.cat([next(batches) for _ in range(10)]).tolist()
-    for epoch in range(4):
-        assert sorted(rows[5 * epoch : 5 * epoch + 5]) == [0, 1, 2, 3, 4]
-    assert rows[:5] != rows[5:10]
+def test_damaged_pictures_and_captions_are_refused_before_any_step(
+    workspace: drive.Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.StageLoop, "step", lambda *_: pytest.fail("a step was done"))
+    session = open_session(workspace, SESSION)
+    (session.captions_dir / "orphan.txt").write_text("nobody")
+    with pytest.raises(DatasetError, match="orphan"):
+        train(workspace, strict_captions=True)
+    (session.captions_dir / "orphan.txt").unlink()
+    (session.captions_dir / "1.txt").write_text("")
+    with pytest.raises(DatasetError, match=r"1\.txt|empty"):
+        train(workspace, strict_captions=True)
+    picture = load_examples(session)[2].path
+    picture.write_bytes(picture.read_bytes()[:200])
+    with pytest.raises(ColabToolsError, match=picture.name):
+        train(workspace)
 
 
 def test_a_session_without_pictures_or_without_a_folder_is_refused(
@@ -142,7 +268,7 @@ def test_a_session_without_pictures_or_without_a_folder_is_refused(
     for picture in open_session(workspace, SESSION).instance_images_dir.iterdir():
         picture.unlink()
     with pytest.raises(DatasetError, match="no training pictures; run prepare"):
-        training.train(workspace, SESSION, SHORT)
+        train(workspace)
 
 
 def test_one_picture_is_enough(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -153,3 +279,25 @@ def test_one_picture_is_enough(tmp_path_factory: pytest.TempPathFactory) -> None
     workspace = drive.open_local(tmp_path_factory.mktemp("workspace"))
     prepare(workspace, "one", PrepareConfig(images=str(photos)))
     assert len(training.train(workspace, "one", SHORT).metrics) == 4
+
+
+def test_attention_that_is_not_there_is_said_and_torchs_own_does_it(
+    workspace: drive.Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = train(workspace)
+    other = train(workspace, attention="xformers", resume="never")
+    assert "attention is torch's own instead of xformers'" in caplog.text
+    assert other.metrics == plain.metrics
+
+
+def test_all_the_extras_train_together(workspace: drive.Workspace) -> None:
+    config = TrainConfig(
+        method="dora", lora_rank=2, lora_dropout=0.1, text_encoder_steps=2, unet_steps=2,
+        batch_size=1, gradient_accumulation_steps=2, optimizer="lion", lr_schedule="cosine",
+        lr_warmup_steps=1, prior_preservation=True, class_prompt="a star", num_class_images=1,
+        caption_dropout=0.5, shuffle_tokens=True, keep_tokens=1, offset_noise=0.1,
+        min_snr_gamma=5.0, ema=True, crops=2, checkpoint_every=1, gradient_checkpointing="on",
+    )  # fmt: skip
+    result = train(workspace, config)
+    assert result.weights.load().keys() == {"text_encoder_lora", "unet_lora"}
+    assert CheckpointStore(open_session(workspace, SESSION)).newest() is not None

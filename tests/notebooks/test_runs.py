@@ -15,7 +15,7 @@ from colabtools.images import load_upright
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 SESSION = Path("Fast-Dreambooth") / "Sessions" / "my-subject"
 # Enough to run every line; how well it learns is measured elsewhere.
-SHORT = {"text_encoder_steps": "2", "unet_steps": "3", "sample_prompts": "a sks star"}
+SHORT = {"text_encoder_steps": "2", "unet_steps": "3", "prompts": "a sks star"}
 
 
 def outputs(notebook: Path) -> list[nbformat.NotebookNode]:
@@ -45,9 +45,15 @@ def test_the_dreambooth_notebook_runs_with_plain_papermill(tmp_path: Path) -> No
 def test_the_dreambooth_notebook_runs_twice_in_one_session(tmp_path: Path) -> None:
     values = {**SHORT, "workspace_folder": str(tmp_path / "work"), "export_formats": "ckpt"}
     notebook = NOTEBOOKS / "dreambooth_training.ipynb"
+    session = tmp_path / "work" / SESSION
+    written = []
     for number in (1, 2):
         out = headless.run_notebook(notebook, values, out=tmp_path / f"{number}.ipynb")
         pictures = [o for o in outputs(out) if "image/png" in o.get("data", {})]
         assert len(pictures) == 3
-    assert (tmp_path / "work" / SESSION / "my-subject.ckpt").is_file()
-    assert len(list((tmp_path / "work" / SESSION / "checkpoints").iterdir())) == 1
+        kept = [*(session / "checkpoints").rglob("*.safetensors"), *session.glob("samples/*.png")]
+        written.append({path: path.stat().st_mtime_ns for path in kept if path.name != "grid.png"})
+    # Neither trained nor drawn a second time.
+    assert written[0] == written[1]
+    assert len(written[0]) > 3
+    assert (session / "my-subject.ckpt").is_file()
