@@ -59,6 +59,8 @@ class Base:
         lora_lr: learning rate of the denoiser's adapters.
         lora_text_encoder_lr: learning rate of the text encoder's adapters.
         num_class_images: pictures of the class for prior preservation.
+        num_inference_steps: denoising steps of a picture.
+        guidance_scale: weight of a picture's prompt; 1 is off.
         cpu_threads: how many threads the model is worth on a CPU; None is all.
     """
 
@@ -81,6 +83,8 @@ class Base:
     lora_lr: float = 1e-4
     lora_text_encoder_lr: float = 5e-6
     num_class_images: int = 200
+    num_inference_steps: int = 30
+    guidance_scale: float = 7.5
     cpu_threads: int | None = None
 
 
@@ -91,6 +95,8 @@ BASES = {
         Base(
             name="flux-dev",
             source="black-forest-labs/FLUX.1-dev",
+            num_inference_steps=28,
+            guidance_scale=3.5,
             resolution=1024,
             family="flux",
             prediction_type="flow",
@@ -101,6 +107,9 @@ BASES = {
         Base(
             name="flux-schnell",
             source="black-forest-labs/FLUX.1-schnell",
+            # Distilled to a few steps, and to need no guidance.
+            num_inference_steps=4,
+            guidance_scale=1.0,
             resolution=1024,
             family="flux",
             prediction_type="flow",
@@ -124,6 +133,8 @@ BASES = {
             lora_lr=3e-3,
             lora_text_encoder_lr=1e-3,
             num_class_images=24,
+            num_inference_steps=25,
+            guidance_scale=3.5,
             # Two would gain nothing and wait for each other for ages where another program runs.
             cpu_threads=1,
         ),
@@ -158,6 +169,7 @@ BASES = {
             family="sdxl",
             resolutions=(768, 1280),
             half_variant="fp16",
+            guidance_scale=5.0,
             method="lora",
             text_encoder_steps=0,
         ),

@@ -53,7 +53,7 @@ def test_each_reference_run_can_be_trained(name: str) -> None:
         for field in fields(base)
         if field.type in ("int", "float")
     }
-    assert len(numbers) == 10
+    assert len(numbers) == 12
     # The text encoders of the large ones stay as they are unless asked for.
     left_out = {"text_encoder_steps"} if base.method == "lora" else set()
     assert {name for name, number in numbers.items() if number <= 0} == left_out

@@ -90,8 +90,9 @@ class GenerateConfig:
         negative_prompt: what the pictures shall not show.
         seeds: starting noise; the same seed draws the same picture; a text with commas is split.
         step: draw with the weights that were saved at this step; 0 for the newest.
-        num_inference_steps: denoising steps.
-        guidance_scale: weight of the prompt (classifier-free guidance); 1 is off.
+        num_inference_steps: denoising steps; "auto" for what suits the base model.
+        guidance_scale: weight of the prompt (classifier-free guidance), 1 is off; "auto" for what
+            suits the base model.
         resolution: side of the pictures in pixels, a multiple of 8; "auto" for that of the
             training pictures.
         compare: draw each picture with the base model too and show both.
@@ -105,8 +106,8 @@ class GenerateConfig:
     negative_prompt: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
     step: int = 0
-    num_inference_steps: int = 25
-    guidance_scale: float = 3.5
+    num_inference_steps: int | Auto = "auto"
+    guidance_scale: float | Auto = "auto"
     resolution: int | Auto = "auto"
     compare: bool = True
 
@@ -115,7 +116,8 @@ class GenerateConfig:
         _check_drawing(self)
         negative = self.negative_prompt
         check("negative_prompt", negative, isinstance(negative, str), "a text, or an empty one")
-        useless = bool(negative.strip()) and self.guidance_scale <= 1
+        scale = self.guidance_scale
+        useless = bool(negative.strip()) and scale != "auto" and scale <= 1
         check("negative_prompt", negative, not useless, "none, or a guidance_scale above 1")
         check_flag("compare", self.compare)
 
@@ -142,8 +144,9 @@ class EvaluateConfig:
         class_images: pictures of "a {class}" to draw before and after training, to see what was
             forgotten; 0 for none.
         step: judge the weights that were saved at this step; 0 for the newest.
-        num_inference_steps: denoising steps.
-        guidance_scale: weight of the prompt (classifier-free guidance); 1 is off.
+        num_inference_steps: denoising steps; "auto" for what suits the base model.
+        guidance_scale: weight of the prompt (classifier-free guidance), 1 is off; "auto" for what
+            suits the base model.
         resolution: side of the pictures in pixels, a multiple of 8; "auto" for that of the
             training pictures.
         dino_model: judges the subject; a Hub repository or a local folder.
@@ -166,8 +169,8 @@ class EvaluateConfig:
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     class_images: int = 8
     step: int = 0
-    num_inference_steps: int = 25
-    guidance_scale: float = 3.5
+    num_inference_steps: int | Auto = "auto"
+    guidance_scale: float | Auto = "auto"
     resolution: int | Auto = "auto"
     dino_model: str = "facebook/dino-vits16"
     clip_model: str = "openai/clip-vit-base-patch32"
@@ -215,8 +218,10 @@ def _check_drawing(config: GenerateConfig | EvaluateConfig) -> None:
     object.__setattr__(config, "prompts", tuple(dict.fromkeys(prompts)))
     object.__setattr__(config, "seeds", tuple(dict.fromkeys(seeds)))
     check_whole("step", config.step, 0)
-    check_whole("num_inference_steps", config.num_inference_steps, 1)
-    check_number("guidance_scale", config.guidance_scale)
+    if config.num_inference_steps != "auto":
+        check_whole("num_inference_steps", config.num_inference_steps, 1, also=", or auto")
+    if config.guidance_scale != "auto":
+        check_number("guidance_scale", config.guidance_scale, also=", or auto")
     if config.resolution != "auto":
         check_whole("resolution", config.resolution, 64, _LARGEST_RESOLUTION, also=", or auto")
         check("resolution", config.resolution, config.resolution % 8 == 0, "a multiple of 8")

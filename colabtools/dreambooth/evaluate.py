@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 from colabtools.dreambooth.dataset import load_examples
 from colabtools.dreambooth.drawing import Drawing
 from colabtools.dreambooth.encoders import ClipEncoder, DinoEncoder
-from colabtools.dreambooth.generate import Painter, ensure_pictures, find_weights, side_to_draw
+from colabtools.dreambooth.generate import (
+    Painter,
+    ensure_pictures,
+    find_weights,
+    sampling_of,
+    side_to_draw,
+)
 from colabtools.dreambooth.metrics import (
     PAPER,
     ClassDrift,
@@ -157,13 +163,13 @@ def _draw(
 ) -> _Drawn:
     base = find_base(weights.manifest["base_model"])
     side = side_to_draw(config, session, base)
+    sampling = sampling_of(config, base)
 
     def drawing(prompt: str, seed: int) -> Drawing:
         return Drawing(
             prompt=prompt,
             seed=seed,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
+            **sampling,
             resolution=side,
         )
 

@@ -56,6 +56,7 @@ __all__ = [
     "find_weights",
     "generate",
     "load_trained_pipeline",
+    "sampling_of",
     "side_to_draw",
 ]
 
@@ -246,6 +247,13 @@ def side_to_draw(config: GenerateConfig | EvaluateConfig, session: Session, base
     return trained if isinstance(trained, int) else base.resolution
 
 
+def sampling_of(config: GenerateConfig | EvaluateConfig, base: Base) -> dict[str, Any]:
+    """Return denoising steps and guidance: as asked, else those of the base model."""
+    names = ("num_inference_steps", "guidance_scale")
+    asked = {name: getattr(config, name) for name in names}
+    return {n: getattr(base, n) if value == "auto" else value for n, value in asked.items()}
+
+
 def generate(workspace: Workspace, session_name: str, config: GenerateConfig) -> Generated:
     """Draw each prompt with each seed into the session's `samples` folder, and a grid of them.
 
@@ -270,8 +278,7 @@ def generate(workspace: Workspace, session_name: str, config: GenerateConfig) ->
             prompt=prompt,
             seed=seed,
             negative_prompt=config.negative_prompt,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
+            **sampling_of(config, base),
             resolution=side,
         )
         for prompt, seed in itertools.product(prompts, config.seeds)

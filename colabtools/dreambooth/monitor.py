@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from PIL import Image
+
     from colabtools.dreambooth.cache import LatentCache
     from colabtools.dreambooth.data import PromptEncoder
     from colabtools.dreambooth.families import Models
@@ -121,7 +123,7 @@ class Monitor:
         folder.mkdir(parents=True, exist_ok=True)
         with kept_rng(), torch.no_grad(), _drawing(models):
             rows = [
-                [draw(models.pipeline, prompt, seed=seed) for seed in config.sample_seeds]
+                [self._draw(models, prompt, seed) for seed in config.sample_seeds]
                 for prompt in prompts
             ]
         grid = save_grid(
@@ -132,6 +134,16 @@ class Monitor:
         )
         show(grid)
         return grid
+
+    def _draw(self, models: Models, prompt: str, seed: int) -> Image.Image:
+        base = self._plan.base
+        return draw(
+            models.pipeline,
+            prompt,
+            seed=seed,
+            num_inference_steps=base.num_inference_steps,
+            guidance_scale=base.guidance_scale,
+        )
 
     def close(self) -> None:
         """Close the events file."""

@@ -37,7 +37,13 @@ def ensure_class_images(
     ]
     missing = [(seed, path) for seed, path in enumerate(paths) if not path.is_file()]
     for seed, path in progress(missing, desc="drawing class pictures", unit="pictures"):
-        picture = draw(pipeline, plan.class_prompt, seed=seed)
+        picture = draw(
+            pipeline,
+            plan.class_prompt,
+            seed=seed,
+            num_inference_steps=plan.base.num_inference_steps,
+            guidance_scale=plan.base.guidance_scale,
+        )
         with atomic_path(path) as partial:
             picture.save(partial, format="PNG")
     return paths

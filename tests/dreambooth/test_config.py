@@ -25,7 +25,7 @@ NEEDED = {PrepareConfig: {"images": "photos"}}
 NAN, INFINITE = float("nan"), float("inf")
 
 NOT_FLAGS: list[Any] = ["False", "true", "", 0, 1, None]
-NOT_COUNTS: list[Any] = [0, -1, 2.0, True, "4", "auto", None]
+NOT_COUNTS: list[Any] = [0, -1, 2.0, True, "4", None]
 NOT_RATES: list[Any] = [0, -1e-6, NAN, INFINITE, True, "5", "", None]
 NOT_NAMES: list[Any] = ["", "   ", None, 7]
 NOT_PROMPTS: list[Any] = ["", " ", "a||b", "a|", (), ("a", ""), (3,), None, 3]
