@@ -339,6 +339,7 @@ class Reference:
             cpu=torch_device().type == "cpu",
         )
         self._dtype = dtype or torch.float32
+        keep_quiet()  # our own loading leaves the bars on
         self._pipeline = pipeline = diffusers.DiffusionPipeline.from_pretrained(job.model)
         self._scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
         self._is_xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
@@ -442,6 +443,10 @@ class Reference:
 def set_up(threads: int) -> None:
     report.set_quiet(True)
     torch.set_num_threads(threads)
+    keep_quiet()
+
+
+def keep_quiet() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -604,7 +609,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--vae", choices=("scaled", "real"), default="scaled")
     parser.add_argument("--resolution", type=int)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()

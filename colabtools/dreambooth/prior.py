@@ -36,6 +36,8 @@ def ensure_class_images(
         session.class_images_dir / f"{key}-{seed:04d}.png" for seed in range(plan.num_class_images)
     ]
     missing = [(seed, path) for seed, path in enumerate(paths) if not path.is_file()]
+    if not missing:
+        return paths
     for seed, path in progress(missing, desc="drawing class pictures", unit="pictures"):
         picture = draw(
             pipeline,
