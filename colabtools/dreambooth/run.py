@@ -13,6 +13,7 @@ from colabtools.dreambooth.disk import ensure_disk
 from colabtools.dreambooth.export import write_step_file
 from colabtools.dreambooth.families import scale_latents
 from colabtools.dreambooth.guard import Metric
+from colabtools.dreambooth.interrupt import deferred_interrupt
 from colabtools.dreambooth.loop import Feed, StageLoop
 from colabtools.dreambooth.losses import zero_terminal_snr
 from colabtools.dreambooth.memory import choose_quantization, measure_stage, plan_stage_memory
@@ -35,7 +36,6 @@ from colabtools.errors import ConfigError
 from colabtools.report import progress
 
 if TYPE_CHECKING:
-    import threading
     from pathlib import Path
 
     import torch
@@ -76,12 +76,11 @@ def check_run(plan: TrainPlan, examples: tuple[Example, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """What a run works with: processes, checkpoints, logs, and the wish to stop."""
+    """What a run works with: processes, checkpoints and logs."""
 
     world: World
     store: CheckpointStore
     monitor: Monitor
-    asked: threading.Event
 
 
 class Run:
@@ -287,13 +286,16 @@ class Run:
     ) -> None:
         stage = loop.stage
         desc = f"training the {stage.name.replace('_', ' ')}"
-        with progress(total=stage.steps, desc=desc, unit="steps") as bar:
+        with (
+            progress(total=stage.steps, desc=desc, unit="steps") as bar,
+            deferred_interrupt() as asked,
+        ):
             bar.update(loop.update)
             while not loop.finished:
                 loop.step(self._around.world)
                 step = stage.first_step + loop.update
                 self._look(loop, models, embed, heldout)
-                stop = self._around.asked.is_set()
+                stop = asked.is_set()
                 if stop or (self._is_due(step) and not loop.finished):
                     self._save_progress(loop, models)
                 if stop:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from colabtools.dreambooth.dataset import check_examples, fingerprint, load_examples
 from colabtools.dreambooth.guard import Metric, Setback
-from colabtools.dreambooth.interrupt import deferred_interrupt
 from colabtools.dreambooth.models import suitable_threads
 from colabtools.dreambooth.monitor import Monitor
 from colabtools.dreambooth.plan import plan_training
@@ -81,9 +80,8 @@ def train(workspace: Workspace, session_name: str, config: TrainConfig) -> Train
         _open_store(session, plan, fresh=beginning.saved is None) as store,
         kept_rng(),
         suitable_threads(plan.base),
-        deferred_interrupt() as asked,
     ):
-        around = Surroundings(world=world, store=store, monitor=monitor, asked=asked)
+        around = Surroundings(world=world, store=store, monitor=monitor)
         run = Run(session, plan, examples, description, around)
         try:
             _go_on(run, store, beginning.saved)
