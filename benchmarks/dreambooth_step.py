@@ -24,13 +24,13 @@ import argparse
 import multiprocessing
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import numpy as np
@@ -45,15 +45,13 @@ from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
 from colabtools import drive, micro, report
+from colabtools.dreambooth import train
 from colabtools.dreambooth.config import PrepareConfig
 from colabtools.dreambooth.dataset import prepare
 from colabtools.dreambooth.loop import StageLoop
 from colabtools.dreambooth.lora import TARGET_MODULES, AdapterConfig, add_adapter
 from colabtools.dreambooth.models import half_dtype, torch_device
-from colabtools.dreambooth.monitor import Monitor
-from colabtools.dreambooth.plan import plan_training
-from colabtools.dreambooth.run import Run, Surroundings
-from colabtools.dreambooth.state import CheckpointStore
+from colabtools.dreambooth.run import Run
 from colabtools.dreambooth.train_config import TrainConfig
 from colabtools.dreambooth.world import World
 
@@ -211,35 +209,32 @@ class Job:
 
 
 class Ready(Exception):  # noqa: N818 - not an error: everything is in place for the first step
-    """A stage stands before its first update."""
+    """A stage stands before its first update; pictures and prompts took `once_s` seconds."""
 
-    def __init__(self, loop: StageLoop) -> None:
+    def __init__(self, loop: StageLoop, once_s: float) -> None:
         super().__init__()
         self.loop = loop
+        self.once_s = once_s
 
 
 class PausedRun(Run):
-    """A run that hands its loop over instead of running it, and knows what it did once.
+    """A run that hands its loop over instead of running it."""
 
-    Attributes:
-        once_s: seconds in which pictures and prompts were encoded.
-    """
-
-    once_s = 0.0
+    _once_s = 0.0
 
     def _prepare_data(self, *args: Any) -> Any:
         started = time.perf_counter()
         data = super()._prepare_data(*args)
-        self.once_s += time.perf_counter() - started
+        self._once_s += time.perf_counter() - started
         return data
 
     def _encode_prompts(self, *args: Any) -> None:
         started = time.perf_counter()
         super()._encode_prompts(*args)
-        self.once_s += time.perf_counter() - started
+        self._once_s += time.perf_counter() - started
 
     def _update_all(self, loop: StageLoop, *_: Any) -> None:
-        raise Ready(loop)
+        raise Ready(loop, self._once_s)
 
 
 class Ours:
@@ -259,22 +254,16 @@ class Ours:
             resolution=job.resolution,
             allow_resolution=True,
         )
+        workspace = drive.open_local(folder)
         started = time.perf_counter()
-        prepared = prepare(drive.open_local(folder), "step", settings)
+        prepare(workspace, "step", settings)
         self.once_s = time.perf_counter() - started
-        plan = plan_training(config_of(job))
-        around = Surroundings(
-            world=self._world,
-            store=CheckpointStore(prepared.session, fresh=True),
-            monitor=Monitor(prepared.session, plan),
-            asked=threading.Event(),
-        )
-        run = PausedRun(prepared.session, plan, prepared.examples, {}, around)
         try:
-            run.attempt(None)
+            with patch.object(train, "Run", PausedRun):
+                train.train(workspace, "step", config_of(job))
         except Ready as ready:
             self._loop = ready.loop
-        self.once_s += run.once_s
+            self.once_s += ready.once_s
 
     def step(self) -> None:
         self._loop.step(self._world)

@@ -118,10 +118,14 @@ class PromptEncoder:
         self._models = models
         self._learning = learning
         self._kept: dict[str, Conditioning] = {}
+        self._most_kept = self._MOST_KEPT
 
     def prepare(self, prompts: Iterable[str]) -> None:
         """Encode prompts that will be asked for, so that the encoders may go."""
-        for prompt in sorted(prompts):
+        # None of them may be dropped: they cannot be computed again once the encoders are gone.
+        wanted = sorted(prompts)
+        self._most_kept = max(self._most_kept, len(self._kept) + len(wanted))
+        for prompt in wanted:
             self._encode_once(prompt)
 
     def __call__(self, prompts: list[str]) -> Conditioning:
@@ -133,7 +137,7 @@ class PromptEncoder:
     @torch.no_grad()
     def _encode_once(self, prompt: str) -> Conditioning:
         if prompt not in self._kept:
-            if len(self._kept) >= self._MOST_KEPT:
+            if len(self._kept) >= self._most_kept:
                 self._kept.pop(next(iter(self._kept)))
             self._kept[prompt] = self._models.family.encode_prompts(self._models, [prompt])
         return self._kept[prompt]

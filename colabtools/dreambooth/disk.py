@@ -62,10 +62,9 @@ def ensure_disk(
         what = "the checkpoints on their way to the workspace"
         Workspace(folder).ensure_space(fitting.staging_bytes, what)
     get_logger(__name__).info(
-        "the run writes %.1f MB a checkpoint, %.1f MB at most at a time and leaves %.1f MB",
+        "a saved state takes %.1f MB, the run at most %.1f MB at a time",
         fitting.checkpoint_bytes / 1e6,
-        fitting.peak_bytes / 1e6,
-        fitting.final_bytes / 1e6,
+        max(0, fitting.peak_bytes) / 1e6,
     )
     return fitting
 
@@ -116,7 +115,7 @@ def _stage_needs(
         keep_last=config.keep_last,
         keep_every=config.save_every,
         fresh=fresh,
-        milestone_bytes=model_file_bytes(models) if config.save_every else 0,
+        milestone_bytes=model_file_bytes(models) if _writes_step_files(plan, models) else 0,
         sample_bytes=picture_bytes(plan.base.resolution, cells),
     )
 
@@ -137,11 +136,22 @@ def _spared_by_zeros(plan: TrainPlan, models: Models, stage: Stage) -> int:
 
 def _tensors(plan: TrainPlan, models: Models, part: str) -> Mapping[str, torch.Tensor]:
     """Return what is saved of a network, on the meta device."""
-    twin = copy_to_meta(models.part(part))
+    twin = _unpacked(copy_to_meta(models.part(part)))
     if plan.method != "full":
         ensure_adapter(twin, part, plan)
         return adapter_state(twin)
     return twin.float().state_dict()
+
+
+def _unpacked(twin: torch.nn.Module) -> torch.nn.Module:
+    """Return a network on the meta device with plain layers in place of those in 4 bits."""
+    for layer in list(twin.modules()):
+        for name, child in list(layer.named_children()):
+            if type(child).__name__ == "Linear4bit":
+                size = (int(child.in_features), int(child.out_features))  # type: ignore[arg-type]
+                plain = torch.nn.Linear(*size, bias=child.bias is not None, device="meta")
+                setattr(layer, name, plain)
+    return twin
 
 
 def _typical_state(plan: TrainPlan, learning: list[torch.Tensor]) -> dict[str, Any]:
@@ -153,6 +163,10 @@ def _typical_state(plan: TrainPlan, learning: list[torch.Tensor]) -> dict[str, A
         "metrics": [metric] * (plan.total_steps // 2),
         "rng": capture_rng(),
     }
+
+
+def _writes_step_files(plan: TrainPlan, models: Models) -> bool:
+    return plan.config.save_every > 0 and plan.method == "full" and models.family.name == "sd1"
 
 
 def model_file_bytes(models: Models) -> int:

@@ -81,7 +81,8 @@ def write_step_file(session: Session, models: Models, step: int) -> Path | None:
         CheckpointError: a tensor is not finite in fp16.
         WorkspaceError: the file cannot be written.
     """
-    if models.family.name != "sd1" or hasattr(models.denoiser, "peft_config"):
+    networks = (models.denoiser, *models.text_encoders.values())
+    if models.family.name != "sd1" or any(hasattr(n, "peft_config") for n in networks):
         return None
     tensors = assemble_sd1(
         unet=models.denoiser.state_dict(),

@@ -57,6 +57,7 @@ __all__ = [
     "generate",
     "load_trained_pipeline",
     "sampling_of",
+    "scheduler_from_noise",
     "side_to_draw",
 ]
 
@@ -204,12 +205,18 @@ def load_trained_pipeline(weights: Saved, dtype: torch.dtype | None = None) -> D
                 "train the session again with resume set to never"
             ) from error
     if weights.manifest.get("settings", {}).get("zero_terminal_snr"):
-        # The base model's own scheduler would never start from pure noise.
-        from diffusers import DDIMScheduler
-
-        ddim = DDIMScheduler.from_config(pipeline.scheduler.config)
-        pipeline.scheduler = zero_terminal_snr(ddim)
+        pipeline.scheduler = scheduler_from_noise(pipeline)
     return pipeline
+
+
+def scheduler_from_noise(pipeline: DiffusionPipeline) -> Any:
+    """Return a scheduler to draw with after training with a zero terminal SNR.
+
+    The base model's own would never start from pure noise.
+    """
+    from diffusers import DDIMScheduler
+
+    return zero_terminal_snr(DDIMScheduler.from_config(pipeline.scheduler.config))
 
 
 def _load_base(base: Base, dtype: torch.dtype | None) -> DiffusionPipeline:

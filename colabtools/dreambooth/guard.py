@@ -95,13 +95,13 @@ class Health:
                 )
         self._pending.clear()
 
-    def check(self, find: Callable[[], str]) -> None:
+    def check(self, find: Callable[[int], str], *, now: bool = False) -> None:
         """Raise if too many updates in a row were skipped.
 
         Raises:
-            Setback: with what `find` says of the cause.
+            Setback: with what `find` says of the cause at that step.
         """
-        if len(self._pending) < self._every:
+        if len(self._pending) < self._every and not now:
             return
         self.fetch()
         fresh = self.metrics[max(0, self._checked - _MOST_SKIPPED_IN_A_ROW + 1) :]
@@ -112,7 +112,7 @@ class Health:
             if in_a_row >= _MOST_SKIPPED_IN_A_ROW:
                 raise Setback(
                     f"{_MOST_SKIPPED_IN_A_ROW} updates in a row up to step {metric.step} were not "
-                    f"finite while training the {self._stage.name}: {find()} "
+                    f"finite while training the {self._stage.name}: {find(metric.step)} "
                     f"(loss {metric.loss:g}, gradient norm {metric.grad_norm:g})"
                 )
 

@@ -106,7 +106,7 @@ class StageLoop:
             if failure:
                 self._lower(world, failure)
         self.update += 1
-        self.health.check(lambda: find_cause(self.networks, self._feed.data, self._last_slots()))
+        self.check()
 
     def _try_update(self, world: World) -> bool:
         """Return whether the update is done, rather than to be tried with a lower loss scale."""
@@ -119,14 +119,15 @@ class StageLoop:
         rates = self.networks.set_rates(self._optimizer, rate)
         loss = self._accumulate(world)
         parameters = self.networks.parameters()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        world.add_up([*gradients, loss])
+        world.add_up_gradients(parameters)
+        world.add_up([loss])
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._plan.config.max_grad_norm)
         healthy = norm.isfinite() & loss.isfinite()
         if not self._apply(healthy, loss):
             return False
-        self.networks.update_ema()
+        if self._skips_on_device() or bool(healthy):
+            self.networks.update_ema()
         self.health.add(self.update, loss, norm, healthy, max(rates))
         return True
 
@@ -141,7 +142,7 @@ class StageLoop:
                 overflow = self._scaler.get_scale() < scale
                 # Gradients beyond fp16 say that the scale is too high, not that training is ill.
                 if overflow and scale > 1 and bool(loss.isfinite()):
-                    self._optimizer.zero_grad(set_to_none=True)
+                    self._stepping = False
                     return False
             elif self._skips_on_device():
                 # The optimizer looks at this flag on the device, so the host need not wait for it.
@@ -194,8 +195,18 @@ class StageLoop:
         self._scaler.scale(loss).backward()
         return loss.detach()
 
-    def _last_slots(self) -> list[Slot]:
-        return [slot for batch in self._feed.batches(self.update - 1) for slot in batch]
+    def check(self, *, now: bool = False) -> None:
+        """Look at the updates that the device is done with; all of them, if `now`.
+
+        Raises:
+            Setback: too many in a row were not finite.
+        """
+        self.health.check(self._find_cause, now=now)
+
+    def _find_cause(self, step: int) -> str:
+        batches = self._feed.batches(step - self.stage.first_step - 1)
+        slots = [slot for batch in batches for slot in batch]
+        return find_cause(self.networks, self._feed.data, slots)
 
     def _lower(self, world: World, failure: str) -> None:
         """Go one rung down, or give up."""
@@ -258,7 +269,10 @@ class StageLoop:
             )
         try:
             load_optimizer_state(self._optimizer, state["optimizer"])
-            if self._scaler.is_enabled():
+            for group in self._optimizer.param_groups:
+                group["weight_decay"] = self._plan.config.weight_decay
+            # A state of a card that computes in bf16 has none.
+            if self._scaler.is_enabled() and state["grad_scaler"]:
                 self._scaler.load_state_dict(state["grad_scaler"])
             self.networks.load_ema_state(state["ema"])
             restore_rng(state["rng"])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["choose_quantization", "count_stage", "measure_stage", "plan_stage_memory"]
 
+_ADAMW = ("adamw", "adamw8bit")
 # Flux's transformer and T5 are 33 GB in bf16; adapters, activations and the rest need some more.
 _ROOM_FOR_FLUX_BYTES = 38 * 10**9
 
@@ -57,7 +58,10 @@ def plan_stage_memory(
     # Class pictures ride in the same pass as the photos.
     batch = plan.batch_size * (2 if data.classes is not None else 1)
     accumulation = plan.config.gradient_accumulation_steps
-    optimizer = saved_optimizer if plan.optimizer == "auto" and saved_optimizer else plan.optimizer
+    optimizer = plan.optimizer
+    if saved_optimizer in _ADAMW and optimizer in ("auto", *_ADAMW):
+        # The 8-bit form may have been chosen, or missing, when the state was saved.
+        optimizer = saved_optimizer
     if optimizer != "auto":
         optimizer = resolve_optimizer(optimizer, networks.device)
     if need is None:
@@ -129,7 +133,8 @@ def count_stage(networks: Networks, models: Models, data: TrainingData) -> Memor
         build,
         call,
         optimizer_bytes={name: state_bytes(name, shapes) for name in names},
-        frozen_bytes_per_param=2 if half else 4,
+        # Where every weight is trained in some stage, all are loaded in fp32.
+        frozen_bytes_per_param=2 if half and networks.plan.method != "full" else 4,
         half_precision=half,
     )
     average = 4 * need.trainable_params if networks.plan.config.ema else 0

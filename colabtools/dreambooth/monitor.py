@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -64,12 +65,14 @@ class Monitor:
         """The picture of all losses."""
         return self._session.logs_dir / "loss.png"
 
-    def start(self, metrics: Sequence[Metric], heldout: Sequence[Sequence[float]]) -> None:
-        """Begin, or go on after the updates of a saved state."""
+    def start(
+        self, metrics: Sequence[Metric], heldout: Sequence[Sequence[float]], *, events: bool = True
+    ) -> None:
+        """Begin, or go on after the updates of a saved state; `events` are for TensorBoard."""
         self.metrics = list(metrics)
         self.heldout = [(int(step), float(loss)) for step, loss in heldout]
         self._written = len(self.metrics)
-        if self._plan.config.tensorboard and self._writer is None:
+        if events and self._plan.config.tensorboard and self._writer is None:
             self._writer = _open_events(self._session.logs_dir / "tensorboard", len(self.metrics))
 
     def add_heldout(self, step: int, loss: float) -> None:
@@ -105,6 +108,13 @@ class Monitor:
         }
         if self.heldout:
             series["held out"] = self.heldout
+        series = {
+            name: points
+            for name, points in series.items()
+            if any(map(math.isfinite, dict(points).values()))
+        }
+        if not series:
+            return
         second = next((m.step for m in self.metrics if m.stage == stages[-1]), 0)
         save_curve(
             series,

@@ -195,6 +195,7 @@ class Networks:
             raise ValueError("one of the two runs keeps an average of the weights, the other not")
         if self._ema is not None:
             self._ema.load_state_dict(state)
+            self._ema.decay = self.plan.config.ema_decay
             self._ema.to(self._models.device)
 
     def weights(self) -> dict[str, dict[str, torch.Tensor]]:

@@ -21,6 +21,7 @@ _BINDING = frozenset(
     {
         "base_model",
         "ema",
+        "lora_alpha",
         "lora_rank",
         "method",
         "optimizer",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from colabtools import registry
 from colabtools.dreambooth.cache import LatentCache, crop_sets
 from colabtools.dreambooth.data import PromptEncoder, TrainingData, rules_of
@@ -12,6 +14,7 @@ from colabtools.dreambooth.dataset import split_heldout
 from colabtools.dreambooth.disk import ensure_disk
 from colabtools.dreambooth.export import write_step_file
 from colabtools.dreambooth.families import scale_latents
+from colabtools.dreambooth.generate import scheduler_from_noise
 from colabtools.dreambooth.guard import Metric
 from colabtools.dreambooth.interrupt import deferred_interrupt
 from colabtools.dreambooth.loop import Feed, StageLoop
@@ -33,12 +36,10 @@ from colabtools.dreambooth.prior import ensure_class_images
 from colabtools.dreambooth.saved import Snapshot
 from colabtools.dreambooth.stages import plan_stages
 from colabtools.errors import ConfigError
-from colabtools.report import progress
+from colabtools.report import get_logger, progress
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
 
     from colabtools.dreambooth.dataset import Example
     from colabtools.dreambooth.families import Models
@@ -66,6 +67,15 @@ def check_run(plan: TrainPlan, examples: tuple[Example, ...]) -> None:
             width, height = example.size
             # Pictures of a bucket have the area of a square of this side.
             registry.check_resolution(plan.base, round((width * height) ** 0.5))
+    if plan.config.quantize == "nf4" and plan.method == "full":
+        raise ConfigError(
+            "quantize is 'nf4' with method 'full'; weights in 4 bits cannot be trained, use lora"
+        )
+    if plan.config.min_snr_gamma and plan.base.prediction_type == "flow":
+        raise ConfigError(
+            f"min_snr_gamma is {plan.config.min_snr_gamma} and {plan.base.name} has no "
+            "signal-to-noise ratio per timestep; set it to 0"
+        )
     predicts = plan.base.prediction_type
     if plan.config.zero_terminal_snr and predicts not in ("", "v_prediction"):
         raise ConfigError(
@@ -121,6 +131,7 @@ class Run:
         use_attention(models, self._plan.config.attention)
         if self._plan.config.zero_terminal_snr:
             models.noise_scheduler = zero_terminal_snr(models.noise_scheduler)
+            models.pipeline.scheduler = scheduler_from_noise(models.pipeline)
         stages = plan_stages(
             self._plan,
             denoiser=models.family.denoiser,
@@ -132,7 +143,12 @@ class Run:
         data, heldout = self._prepare_data(models)
         state = saved.load_state() if saved is not None else {}
         self._done = saved.load_all() if saved is not None else {}
-        self._around.monitor.start(_metrics(state), state.get("heldout", ()))
+        # A rate that was lowered stays so, in the stages that follow as well.
+        self.lr_scale = min(self.lr_scale, state.get("lr_scale", 1.0))
+        if saved is not None:
+            get_logger(__name__).info("going on from step %d", saved.step)
+        events = self._around.world.is_main
+        self._around.monitor.start(_metrics(state), state.get("heldout", ()), events=events)
         for stage in stages:
             if stage.number < state.get("stage", 0):
                 continue
@@ -239,7 +255,7 @@ class Run:
         )
         loop = StageLoop(networks, models, feed, memory)
         loop.need = need
-        loop.lr_scale = min(self.lr_scale, state.get("lr_scale", 1.0))
+        loop.lr_scale = self.lr_scale
         # Between two stages nothing is under way.
         if "optimizer" in state:
             own = {file_stem(part, self._plan.method) for part in stage.rates}
@@ -252,6 +268,8 @@ class Run:
         if self._plan.config.compile:
             models.denoiser.compile()
         self._update_all(loop, models, embed, heldout)
+        loop.check(now=True)
+        loop.health.check_weights(networks)
         self._keep(networks)
         self._around.monitor.update(loop.health.metrics)
 
@@ -294,10 +312,11 @@ class Run:
             while not loop.finished:
                 loop.step(self._around.world)
                 step = stage.first_step + loop.update
-                self._look(loop, models, embed, heldout)
-                stop = asked.is_set()
+                self._measure(loop, models, embed, heldout)
+                stop = self._around.world.any(asked.is_set())
                 if stop or (self._is_due(step) and not loop.finished):
                     self._save_progress(loop, models)
+                self._draw_samples(loop, models)
                 if stop:
                     raise KeyboardInterrupt(
                         f"stopped after step {step}; its state is saved, the same command goes on"
@@ -325,22 +344,32 @@ class Run:
                 self._done.pop(stem, None)
                 networks.reset(part)
 
-    def _look(
+    def _measure(
         self, loop: StageLoop, models: Models, embed: PromptEncoder, heldout: HeldOut | None
     ) -> None:
-        """Measure and draw what is due after an update; nothing of it changes the training."""
+        """Measure the held-out loss where it is due; it is a part of the state."""
         step = loop.stage.first_step + loop.update
         due = self._is_due(step) or loop.finished
-        if not self._around.world.is_main:
-            return
-        if heldout is not None and due:
+        if heldout is not None and due and self._around.world.is_main:
             with loop.networks.resting(), loop.networks.autocast():
                 self._around.monitor.add_heldout(step, heldout.loss(models, embed))
+
+    def _draw_samples(self, loop: StageLoop, models: Models) -> None:
+        """Draw what is due; neither the training nor its end depends on it."""
+        step = loop.stage.first_step + loop.update
         every = self._plan.config.sample_every
-        if every and step % every == 0:
-            captions = [example.caption for example in self._examples]
+        if not (self._around.world.is_main and every and step % every == 0):
+            return
+        captions = [example.caption for example in self._examples]
+        try:
             with loop.networks.resting():
                 self._around.monitor.draw_samples(models, step, captions)
+        except torch.OutOfMemoryError:
+            get_logger(__name__).warning(
+                "memory is too short to draw samples at step %d beside the training", step
+            )
+        if models.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _save_progress(self, loop: StageLoop, models: Models) -> None:
         """Save everything that the rest of the run depends on."""

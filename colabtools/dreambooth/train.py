@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from colabtools.dreambooth.saved import Saved
     from colabtools.dreambooth.session import Session
     from colabtools.dreambooth.train_config import TrainConfig
+    from colabtools.dreambooth.world import World
     from colabtools.drive import Workspace
 
 __all__ = ["Metric", "Trained", "train"]
@@ -65,7 +66,7 @@ def train(workspace: Workspace, session_name: str, config: TrainConfig) -> Train
     check_run(plan, examples)
     world = join_world()
     monitor = Monitor(session, plan)
-    description = _describe(plan, examples)
+    description = _describe(plan, examples, world)
     # Starting over must be possible where every state is damaged.
     newest = CheckpointStore(session).newest() if config.resume != "never" else None
     beginning = choose_beginning(newest, description, config)
@@ -84,7 +85,7 @@ def train(workspace: Workspace, session_name: str, config: TrainConfig) -> Train
         around = Surroundings(world=world, store=store, monitor=monitor)
         run = Run(session, plan, examples, description, around)
         try:
-            _go_on(run, store, beginning.saved)
+            _go_on(run, world, store, beginning.saved)
         finally:
             monitor.close()
     if world.is_main:
@@ -128,32 +129,31 @@ def _open_store(session: Session, plan: TrainPlan, *, fresh: bool) -> Checkpoint
     )
 
 
-def _describe(plan: TrainPlan, examples: tuple[Example, ...]) -> dict[str, Any]:
+def _describe(plan: TrainPlan, examples: tuple[Example, ...], world: World) -> dict[str, Any]:
+    # With another number of processes the same batch size is another batch.
     return {
         "base_model": plan.base.name,
-        "settings": plan.settings(),
+        "settings": {**plan.settings(), "processes": world.size},
         "pictures": fingerprint(examples),
     }
 
 
-def _go_on(run: Run, store: CheckpointStore, saved: Saved | None) -> None:
+def _go_on(run: Run, world: World, store: CheckpointStore, saved: Saved | None) -> None:
     """Train to the end, going back to the last state once for numbers and once for each rung."""
-    lowered = False
     while True:
         try:
             run.attempt(saved)
             return
         except Setback as setback:
             if setback.memory is None:
-                if lowered:
+                if run.lr_scale < 1:
                     raise TrainingError(
                         f"{setback.cause}; it happened again with half the learning rate, the last "
                         "good state is kept: lower the rates, or look at the picture named"
                     ) from setback
-                lowered = True
                 run.lr_scale = 0.5
             run.memory = setback.memory or run.memory
-            saved = store.newest()
+            saved = world.agree(store.newest() if world.is_main else None)
             get_logger(__name__).warning(
                 "%s; going back to step %d%s",
                 setback.cause,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ __all__ = ["World", "join_world"]
 
 _Item = TypeVar("_Item")
 # Gradients travel in pieces of about this many numbers, so that no second copy of all is made.
+_LONGEST_WAIT = timedelta(hours=6)
 _NUMBERS_PER_MESSAGE = 16 * 1024**2
 
 
@@ -43,6 +45,41 @@ class World:
             from accelerate import PartialState
 
             PartialState().wait_for_everyone()
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is set in any process; all must ask."""
+        if self.size == 1:
+            return flag
+        total = torch.tensor(float(flag), device=self.device)
+        self.add_up([total])
+        return bool(total > 0)
+
+    def agree(self, value: _Item) -> _Item:
+        """Return the value that the main process has."""
+        if self.size == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        values = [value]
+        broadcast_object_list(values)
+        return values[0]
+
+    def add_up_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Replace each gradient by its sum over all processes.
+
+        A process whose share was empty has none; where others have one, it takes theirs.
+        """
+        if self.size == 1:
+            return
+        present = torch.tensor(
+            [float(parameter.grad is not None) for parameter in parameters], device=self.device
+        )
+        self.add_up([present])
+        learning = [p for p, count in zip(parameters, present.tolist(), strict=True) if count]
+        for parameter in learning:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.add_up([parameter.grad for parameter in learning if parameter.grad is not None])
 
     def add_up(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes."""
@@ -77,5 +114,6 @@ def join_world() -> World:
         return World(rank=0, size=1, device=torch_device())
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # The others wait while one draws class pictures.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST_WAIT)
     return World(rank=state.process_index, size=state.num_processes, device=state.device)

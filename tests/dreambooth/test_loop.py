@@ -76,6 +76,14 @@ def test_an_update_that_is_not_finite_leaves_the_weights_and_is_counted(
     assert "Infinity" not in lines
 
 
+def test_a_first_update_that_is_skipped_ends_nothing(
+    workspace: drive.Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, "loss", (0,))
+    metrics = train(workspace, SESSION, replace(CONFIG, unet_steps=3, checkpoint_every=1)).metrics
+    assert [m.step for m in metrics if m.skipped] == [1]
+
+
 def test_three_in_a_row_go_back_to_the_last_state_with_half_the_rate(
     workspace: drive.Workspace,
     monkeypatch: pytest.MonkeyPatch,

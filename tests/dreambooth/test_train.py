@@ -281,6 +281,13 @@ def test_one_picture_is_enough(tmp_path_factory: pytest.TempPathFactory) -> None
     assert len(training.train(workspace, "one", SHORT).metrics) == 4
 
 
+def test_adapters_are_kept_for_good_without_a_model_file(workspace: drive.Workspace) -> None:
+    train(workspace, method="lora", lora_rank=2, save_every=1)
+    session = open_session(workspace, SESSION)
+    assert [saved.step for saved in find_trained(session)] == [1, 2, 3, 4]
+    assert list(session.folder.glob("*.safetensors")) == []
+
+
 def test_attention_that_is_not_there_is_said_and_torchs_own_does_it(
     workspace: drive.Workspace, caplog: pytest.LogCaptureFixture
 ) -> None:

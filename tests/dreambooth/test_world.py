@@ -91,6 +91,7 @@ def test_alone_nothing_is_shared_and_nothing_added() -> None:
     world.add_up([tensor])
     world.wait()
     assert tensor.equal(torch.ones(3))
+    assert (world.any(True), world.any(False), world.agree("x")) == (True, False, "x")
 
 
 def test_shares_are_disjoint_and_complete() -> None:
