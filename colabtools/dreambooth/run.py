@@ -305,8 +305,8 @@ class Run:
         stage = loop.stage
         desc = f"training the {stage.name.replace('_', ' ')}"
         with (
-            progress(total=stage.steps, desc=desc, unit="steps") as bar,
             deferred_interrupt() as asked,
+            progress(total=stage.steps, desc=desc, unit="steps") as bar,
         ):
             bar.update(loop.update)
             while not loop.finished:
