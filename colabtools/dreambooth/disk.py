@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +20,6 @@ from colabtools.report import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
     from colabtools.dreambooth.budget import DiskPlan
     from colabtools.dreambooth.families import Models
     from colabtools.dreambooth.plan import TrainPlan
@@ -36,26 +34,26 @@ _STATE_TENSORS_PER_WEIGHT = {"adafactor": 3, "adamw": 3, "adamw8bit": 3, "lion":
 
 
 def ensure_disk(
-    root: Path,
     plan: TrainPlan,
     models: Models,
     stages: Sequence[Stage],
     store: CheckpointStore,
+    done: int = 0,
 ) -> DiskPlan:
-    """Return what the run will write, once it is known to fit.
+    """Return what the run will still write, once it is known to fit.
 
     Args:
-        root: the workspace's folder.
         plan: the run.
         models: its base model.
         stages: all of them.
         store: where checkpoints go; it keeps fewer of them if that is what fits.
+        done: updates that were saved before; what led to them is on the disk already.
 
     Raises:
         WorkspaceError: there is no room; the message says how much is missing.
     """
-    needs = disk_needs(plan, models, stages, fresh=store.fresh)
-    fitting = fit_retention(Workspace(root), needs, store.in_session())
+    needs = disk_needs(plan, models, stages, fresh=store.fresh, done=done)
+    fitting = fit_retention(Workspace(store.session_folder), needs, store.in_session())
     store.keep_last = fitting.keep_last
     if store.staging is not None:
         folder = next(path for path in (store.staging, *store.staging.parents) if path.exists())
@@ -70,15 +68,26 @@ def ensure_disk(
 
 
 def disk_needs(
-    plan: TrainPlan, models: Models, stages: Sequence[Stage], *, fresh: bool
+    plan: TrainPlan, models: Models, stages: Sequence[Stage], *, fresh: bool, done: int = 0
 ) -> DiskNeeds:
-    """Return what decides how much the run writes; its largest checkpoint counts for all."""
-    needs = [_stage_needs(plan, models, stages, number, fresh) for number in range(len(stages))]
-    return max(needs, key=lambda one: plan_disk(one).checkpoint_bytes)
+    """Return what decides how much the run still writes; its largest checkpoint counts for all."""
+    needs = [_stage_needs(plan, models, stages, number) for number in range(len(stages))]
+    largest = max(needs, key=lambda one: plan_disk(one).checkpoint_bytes)
+    snapshot = replace(largest.snapshot, step=min(done, plan.total_steps - 1))
+    return replace(largest, snapshot=snapshot, fresh=fresh, sample_bytes=_sample_bytes(plan, done))
+
+
+def _sample_bytes(plan: TrainPlan, done: int) -> int:
+    config = plan.config
+    if not config.sample_every:
+        return 0
+    grids = plan.total_steps // config.sample_every - done // config.sample_every
+    cells = grids * len(config.sample_seeds) * max(1, len(config.sample_prompts))
+    return picture_bytes(plan.base.resolution, cells)
 
 
 def _stage_needs(
-    plan: TrainPlan, models: Models, stages: Sequence[Stage], number: int, fresh: bool
+    plan: TrainPlan, models: Models, stages: Sequence[Stage], number: int
 ) -> DiskNeeds:
     stage = stages[number]
     kept = {part for before in stages[:number] for part in before.keeps}
@@ -96,8 +105,6 @@ def _stage_needs(
     optimizer = resolve_optimizer(optimizer, models.device)
     trained = {*kept, *stage.rates} & {part for one in stages for part in one.keeps}
     config = plan.config
-    drawn = plan.total_steps // config.sample_every if config.sample_every else 0
-    cells = drawn * len(config.sample_seeds) * max(1, len(config.sample_prompts))
     return DiskNeeds(
         snapshot=Snapshot(
             step=0,
@@ -114,9 +121,7 @@ def _stage_needs(
         checkpoint_every=plan.checkpoint_every,
         keep_last=config.keep_last,
         keep_every=config.save_every,
-        fresh=fresh,
         milestone_bytes=model_file_bytes(models) if _writes_step_files(plan, models) else 0,
-        sample_bytes=picture_bytes(plan.base.resolution, cells),
     )
 
 

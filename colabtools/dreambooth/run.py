@@ -138,8 +138,8 @@ class Run:
             text_encoders=models.family.trainable_text_encoders,
         )
         if self._around.world.is_main:
-            root = self._session.folder
-            ensure_disk(root, self._plan, models, stages, self._around.store)
+            done = saved.step if saved is not None else 0
+            ensure_disk(self._plan, models, stages, self._around.store, done)
         data, heldout = self._prepare_data(models)
         state = saved.load_state() if saved is not None else {}
         self._done = saved.load_all() if saved is not None else {}

@@ -161,6 +161,11 @@ class CheckpointStore:
             get_logger(__name__).exception("closing the checkpoints failed as well")
 
     @property
+    def session_folder(self) -> Path:
+        """The session's own folder, where the room is needed."""
+        return self._session.folder
+
+    @property
     def stranded(self) -> Path | None:
         """Folder of the newest checkpoint if only this machine has it, or None."""
         unsent = list(self._unsent)

@@ -10,7 +10,7 @@ import pytest
 from colabtools import drive
 from colabtools.dreambooth import budget, loop, run
 from colabtools.dreambooth.budget import DiskPlan
-from colabtools.dreambooth.session import open_session
+from colabtools.dreambooth.session import Session, open_session
 from colabtools.dreambooth.state import CheckpointStore, find_trained
 from colabtools.dreambooth.train import train
 from colabtools.dreambooth.train_config import TrainConfig
@@ -74,3 +74,39 @@ def test_fewer_states_are_kept_where_more_do_not_fit(
     train(workspace, SESSION, replace(CONFIG, keep_last=5))
     assert "keeping 1 checkpoint instead of 5" in caplog.text
     assert budget.picture_bytes(64, 1) > 64 * 64 * 3
+
+
+def test_going_on_asks_for_room_for_what_is_still_to_come_only(
+    workspace: drive.Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, unet_steps=10, sample_every=11, sample_seeds=(0,), save_every=2)
+    foreseen: list[DiskPlan] = []
+    ensure, step = run.ensure_disk, loop.StageLoop.step
+
+    def watched(*args: Any) -> DiskPlan:
+        foreseen.append(ensure(*args))
+        return foreseen[-1]
+
+    def until_ten(self: loop.StageLoop, world: Any) -> None:
+        if self.stage.first_step + self.update == 10:
+            raise KeyboardInterrupt
+        step(self, world)
+
+    monkeypatch.setattr(run, "ensure_disk", watched)
+    monkeypatch.setattr(loop.StageLoop, "step", until_ten)
+    with pytest.raises(KeyboardInterrupt):
+        train(workspace, SESSION, config)
+    monkeypatch.setattr(loop.StageLoop, "step", step)
+    before = _written(open_session(workspace, SESSION))
+    train(workspace, SESSION, config)
+    whole, rest = foreseen
+    grown = _written(open_session(workspace, SESSION)) - before
+    # Five kept steps were foreseen; one of them, the end and the grid are still to come.
+    assert rest.final_bytes < 0.4 * whole.final_bytes
+    assert grown <= rest.final_bytes * 1.02
+
+
+def _written(session: Session) -> int:
+    kept = sum(saved.size_bytes for saved in find_trained(session))
+    files = [*session.folder.glob("*.safetensors"), *session.samples_dir.rglob("*.png")]
+    return kept + sum(path.stat().st_size for path in files)
