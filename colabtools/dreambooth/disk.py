@@ -20,6 +20,7 @@ from colabtools.report import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
     from colabtools.dreambooth.budget import DiskPlan
     from colabtools.dreambooth.families import Models
     from colabtools.dreambooth.plan import TrainPlan
@@ -162,7 +163,7 @@ def _unpacked(twin: torch.nn.Module) -> torch.nn.Module:
 def _typical_state(plan: TrainPlan, learning: list[torch.Tensor]) -> dict[str, Any]:
     """Return a state of the usual size, half of the run's metrics in it."""
     metric = asdict(Metric(plan.total_steps, "text_encoder", 0.123456789012345, 0.12345678, 1e-6))
-    average = {"shadow_params": learning} if plan.config.ema else None
+    average = {"learning": learning} if plan.config.ema else None
     return {
         "ema": average,
         "metrics": [metric] * (plan.total_steps // 2),

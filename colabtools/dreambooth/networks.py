@@ -182,26 +182,47 @@ class Networks:
             self._ema.step(self.parameters())
 
     def ema_state(self) -> dict[str, Any] | None:
-        """Return the average and its counters."""
-        return None if self._ema is None else self._ema.state_dict()
+        """Return the average's counters, and the weights that it is the average of.
+
+        The average itself is what `weights` returns, because it is the result.
+        """
+        if self._ema is None:
+            return None
+        counters = {k: v for k, v in self._ema.state_dict().items() if k != "shadow_params"}
+        return {**counters, "learning": [p.detach() for p in self.parameters()]}
 
     def load_ema_state(self, state: dict[str, Any] | None) -> None:
-        """Put an average back.
+        """Take the weights that are in place as the average, and put the learning ones there.
 
         Raises:
+            KeyError: a part of the state is missing.
             ValueError: there is one where none is kept, or the other way round.
         """
         if (state is None) != (self._ema is None):
             raise ValueError("one of the two runs keeps an average of the weights, the other not")
-        if self._ema is not None:
-            self._ema.load_state_dict(state)
-            self._ema.decay = self.plan.config.ema_decay
-            self._ema.to(self._models.device)
+        if self._ema is None or state is None:
+            return
+        average = [p.detach().clone() for p in self.parameters()]
+        counters = {name: value for name, value in state.items() if name != "learning"}
+        self._ema.load_state_dict({**counters, "shadow_params": average})
+        self._ema.decay = self.plan.config.ema_decay
+        self._ema.to(self._models.device)
+        with torch.no_grad():
+            for parameter, learning in zip(self.parameters(), state["learning"], strict=True):
+                parameter.copy_(learning)
 
     def weights(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return the tensors that learn, by file stem and name."""
+        """Return the result so far, by file stem and name: the average where one is kept."""
+        average: dict[int, torch.Tensor] = {}
+        if self._ema is not None:
+            # Adapters are saved by other names than they are trained by; memory tells them apart.
+            pairs = zip(self.parameters(), self._ema.shadow_params, strict=True)
+            average = {parameter.data_ptr(): shadow for parameter, shadow in pairs}
         return {
-            file_stem(part, self.plan.method): self._tensors(module)
+            file_stem(part, self.plan.method): {
+                name: average.get(tensor.data_ptr(), tensor)
+                for name, tensor in self._tensors(module).items()
+            }
             for part, module in self.parts.items()
         }
 

@@ -167,6 +167,33 @@ def test_require_goes_on_and_changes_need_a_word(
     assert metrics[2].lr == pytest.approx(1e-3 * 4 / 6)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_state_under_way_holds_the_average_as_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    config = replace(CONFIG, method=method, text_encoder_steps=0, unet_steps=2, ema_decay=0.5)
+    config = replace(config, lr_schedule="constant")
+    short = make_workspace(tmp_path / "short")
+    train(short, SESSION, config)
+    (result,) = find_trained(open_session(short, SESSION))
+    workspace = make_workspace(tmp_path / "longer")
+    with monkeypatch.context() as patch:
+        stop_after(PASSES * 3, patch)
+        with pytest.raises(Killed):
+            train(workspace, SESSION, replace(config, unet_steps=5))
+    (saved,) = find_trained(open_session(workspace, SESSION))
+    assert saved.step == 2
+    assert not saved.finished
+    (stem,) = saved.trained
+    average, learning = saved.load()[stem], saved.load_state()["ema"]["learning"]
+    expected = result.load()[stem]
+    assert all(torch.equal(average[name], expected[name]) for name in expected)
+    assert sum(t.numel() for t in learning) == sum(t.numel() for t in average.values())
+    kinds = (learning, average.values())
+    norms = [sum(float(t.double().square().sum()) for t in tensors) for tensors in kinds]
+    assert norms[0] != norms[1]
+
+
 def test_a_damaged_state_is_passed_over_for_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
