@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)[eE][+-]?\d+|-inf|-nan", re.IGNORECASE)
 _NUMBERS = {int: "a whole number", float: "a number"}
 
 
@@ -68,13 +69,19 @@ def _missing(error: ImportError) -> MissingDependencyError:
 
 
 def _dashed(argv: Sequence[str]) -> list[str]:
-    """Return the arguments with the options spelled as the notebooks' fields, by underscores."""
+    """Return the arguments with options by underscores, as notebooks spell fields, by dashes.
+
+    A negative number in scientific notation is tied to its option: argparse would take it for one.
+    """
     end = argv.index("--") if "--" in argv else len(argv)
     option = re.compile(r"^--\w+(?=$|=)")
-    return [
-        option.sub(lambda match: match[0].replace("_", "-"), word) if at < end else word
-        for at, word in enumerate(argv)
-    ]
+    words: list[str] = []
+    for word in argv[:end]:
+        if _NEGATIVE.fullmatch(word) and words and re.fullmatch(r"--[\w-]+", words[-1]):
+            words[-1] += f"={word}"
+        else:
+            words.append(option.sub(lambda match: match[0].replace("_", "-"), word))
+    return [*words, *argv[end:]]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -339,6 +339,14 @@ def test_a_run_is_resumed_begun_again_or_must_be_there(seen: Seen, resume: str) 
     assert seen[0][2].resume == resume
 
 
+@pytest.mark.parametrize("number", ["-1", "-1e-4", "-.5E3", "-inf"])
+def test_a_negative_number_is_a_value_and_refused_by_its_name(
+    number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["dreambooth", "train", "--session", "dog", "--unet-lr", number]) == 1
+    assert f"unet_lr is {float(number)!r}; give a number above 0" in capsys.readouterr().err
+
+
 def test_no_sample_prompt_may_be_said(seen: Seen) -> None:
     assert cli.main(["dreambooth", "train", "--session", "dog", "--sample-prompts", ""]) == 0
     assert seen[0][2].sample_prompts == ()

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-__all__ = ["CAPTION_SUFFIXES", "CaptionRules", "check_captions", "every_form", "vary"]
+__all__ = [
+    "CAPTION_SUFFIXES",
+    "CaptionRules",
+    "check_captions",
+    "every_form",
+    "subject_of",
+    "vary",
+]
 
 # The first one that holds text is a picture's caption.
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -25,6 +32,7 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 # SDXL's two encoders one takes 0.6 MB.
 _MOST_SHUFFLED = 64
 _MOST_NAMES = 5
+_ARTICLES = frozenset({"a", "an", "one", "the"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,3 +167,18 @@ def _sentence(fault: str, names: list[str]) -> str:
     shown = ", ".join(names[:_MOST_NAMES])
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return f"{fault}: {shown}{more}"
+
+
+def subject_of(prompt: str) -> tuple[str, str]:
+    """Return token and class of a prompt: ("sks", "dog") of "a photo of a sks dog".
+
+    The subject is what follows the last "of", its article left out; either is empty if it is not
+    there.
+    """
+    words = prompt.split()
+    last = max((at for at, word in enumerate(words) if word.lower() == "of"), default=-1)
+    subject = words[last + 1 :]
+    if subject and subject[0].lower() in _ARTICLES:
+        subject = subject[1:]
+    token, *class_words = subject or [""]
+    return (token, " ".join(class_words))

@@ -84,7 +84,8 @@ class GenerateConfig:
     """Pictures to draw with the trained session.
 
     Attributes:
-        prompts: one picture each per seed; "|" in a text separates two prompts.
+        prompts: one picture each per seed; "|" in a text separates two prompts; empty takes the
+            captions of the first pictures.
         prompts_file: a text file of prompts instead, one a line; lines that begin with # are
             remarks.
         negative_prompt: what the pictures shall not show.
@@ -98,10 +99,7 @@ class GenerateConfig:
         compare: draw each picture with the base model too and show both.
     """
 
-    prompts: tuple[str, ...] = (
-        "a sks star on a white background",
-        "a sks star on a sky background",
-    )
+    prompts: tuple[str, ...] = ()
     prompts_file: str = ""
     negative_prompt: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -122,7 +120,7 @@ class GenerateConfig:
         check_flag("compare", self.compare)
 
     def load_prompts(self) -> tuple[str, ...]:
-        """Return the prompts of the file if there is one, else those of the field.
+        """Return the prompts of the file if there is one, else those of the field, maybe none.
 
         Raises:
             ConfigError: the file cannot be read, or holds no prompt.
@@ -135,8 +133,9 @@ class EvaluateConfig:
     """How faithful the trained session is to its photos and to prompts.
 
     Attributes:
-        token: the word that stands for the subject.
-        class_name: what the subject is one of.
+        token: the word that stands for the subject; "auto" for the first of it in the prompt that
+            the pictures were prepared with, such as sks in "a photo of sks dog".
+        class_name: what the subject is one of; "auto" for the words behind the token there.
         prompts: templates with "{token}" and "{class}"; "|" in a text separates two.
         prompts_file: a text file of templates instead, one a line; lines that begin with # are
             remarks.
@@ -153,8 +152,8 @@ class EvaluateConfig:
         clip_model: judges subject and prompt; a Hub repository or a local folder.
     """
 
-    token: str = "sks"
-    class_name: str = "star"
+    token: str = "auto"
+    class_name: str = "auto"
     prompts: tuple[str, ...] = (
         "a {token} {class} on a white background",
         "a {token} {class} on a wooden table",
@@ -203,7 +202,10 @@ class EvaluateConfig:
 def _check_drawing(config: GenerateConfig | EvaluateConfig) -> None:
     """Check the fields that say what is drawn, and split those that came as text."""
     prompts = split_text("prompts", config.prompts, "|")
-    check("prompts", prompts, bool(prompts), "at least one prompt")
+    if isinstance(config, EvaluateConfig):
+        check("prompts", prompts, bool(prompts), "at least one prompt")
+    elif prompts == ("",):
+        prompts = ()
     for prompt in prompts:
         check_text("prompts", prompt, "a prompt on each side of a '|'")
     file = config.prompts_file

@@ -31,6 +31,7 @@ __all__ = [
     "Prepared",
     "check_examples",
     "fingerprint",
+    "first_captions",
     "load_examples",
     "prepare",
     "split_heldout",
@@ -98,6 +99,7 @@ def prepare(workspace: Workspace, session_name: str, config: PrepareConfig) -> P
         _save_contact_sheet(session, photos, sheet)
     session.update_record(
         base_model=config.base_model,
+        instance_prompt=config.instance_prompt.strip(),
         resolution=side,
         buckets=config.buckets,
         pictures=fingerprint(examples),
@@ -320,6 +322,15 @@ def check_examples(session: Session, examples: Sequence[Example], *, strict: boo
         for example in each:
             images.load_upright(example.path)
     check_captions([example.path for example in examples], session.captions_dir, strict=strict)
+
+
+def first_captions(examples: Sequence[Example], count: int = 2) -> tuple[str, ...]:
+    """Return the first different captions that hold text: prompts where none are given.
+
+    Where none holds text it is the empty prompt.
+    """
+    captions = (example.caption for example in examples if example.caption.strip())
+    return tuple(dict.fromkeys(captions))[:count] or ("",)
 
 
 def split_heldout(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
+from colabtools.dreambooth.captions import subject_of
 from colabtools.dreambooth.dataset import load_examples
 from colabtools.dreambooth.drawing import Drawing
 from colabtools.dreambooth.encoders import ClipEncoder, DinoEncoder
@@ -32,6 +33,7 @@ from colabtools.dreambooth.metrics import (
 from colabtools.dreambooth.scoreboard import save_chart
 from colabtools.dreambooth.session import now_text, open_session
 from colabtools.drive import write_atomic
+from colabtools.errors import ConfigError
 from colabtools.images import load_upright
 from colabtools.registry import find_base
 from colabtools.report import get_logger, save_grid
@@ -82,7 +84,8 @@ def evaluate(workspace: Workspace, session_name: str, config: EvaluateConfig) ->
 
     Raises:
         CheckpointError: the session has no such trained weights, or damaged ones.
-        ConfigError: the file of prompts cannot be read.
+        ConfigError: the file of prompts cannot be read, or the session does not say what its
+            subject is called.
         DatasetError: the session has no training pictures.
         ModelError: an encoder or the base model cannot be loaded.
         SessionError: there is no such session.
@@ -90,6 +93,7 @@ def evaluate(workspace: Workspace, session_name: str, config: EvaluateConfig) ->
     """
     templates = config.load_prompts()
     session = open_session(workspace, session_name)
+    config = _with_subject(config, session)
     photos = [example.path for example in load_examples(session)]
     weights = find_weights(session, config.step)
     # Before an hour of drawing: the encoders are what may be missing.
@@ -117,6 +121,20 @@ def evaluate(workspace: Workspace, session_name: str, config: EvaluateConfig) ->
     _write(session, weights, config, evaluated)
     _show(session, photos, drawn, evaluated)
     return evaluated
+
+
+def _with_subject(config: EvaluateConfig, session: Session) -> EvaluateConfig:
+    """Return the settings with token and class in place of "auto"."""
+    prompt = str(session.read_record().get("instance_prompt", ""))
+    names = dict(zip(("token", "class_name"), subject_of(prompt), strict=True))
+    found = {name: text for name, text in names.items() if getattr(config, name) == "auto"}
+    for name, text in found.items():
+        if not text:
+            raise ConfigError(
+                f"{name} is 'auto', and the prompt {prompt!r} that the pictures were prepared with "
+                f"does not tell it; give {name}"
+            )
+    return replace(config, **found)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from colabtools.dreambooth.dataset import first_captions, load_examples
 from colabtools.dreambooth.drawing import (
     Drawing,
     draw,
@@ -269,12 +270,14 @@ def generate(workspace: Workspace, session_name: str, config: GenerateConfig) ->
     Raises:
         CheckpointError: the session has no such trained weights, or damaged ones.
         ConfigError: the file of prompts cannot be read, or the model takes no negative prompt.
+        DatasetError: no prompt is given, and there is no picture whose caption could be one.
         ModelError: the base model cannot be loaded.
         SessionError: there is no such session.
         WorkspaceError: a picture cannot be stored.
     """
     prompts = config.load_prompts()
     session = open_session(workspace, session_name)
+    prompts = prompts or first_captions(load_examples(session))
     weights = find_weights(session, config.step)
     base = find_base(weights.manifest["base_model"])
     painters = {"before": Painter(base=base)} if config.compare else {}

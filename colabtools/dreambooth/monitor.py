@@ -125,10 +125,9 @@ class Monitor:
             marks={stages[-1]: second} if len(stages) > 1 else {},
         )
 
-    def draw_samples(self, models: Models, step: int, captions: Sequence[str]) -> Path:
-        """Draw the sample prompts as a grid; no generator of the training moves."""
+    def draw_samples(self, models: Models, step: int, prompts: Sequence[str]) -> Path:
+        """Draw the prompts as a grid; no generator of the training moves."""
         config = self._plan.config
-        prompts = config.sample_prompts or tuple(dict.fromkeys(captions))[:2]
         folder = self._session.samples_dir / "training"
         folder.mkdir(parents=True, exist_ok=True)
         with kept_rng(), torch.no_grad(), _drawing(models):

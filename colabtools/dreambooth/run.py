@@ -10,7 +10,7 @@ import torch
 from colabtools import registry
 from colabtools.dreambooth.cache import LatentCache, crop_sets
 from colabtools.dreambooth.data import PromptEncoder, TrainingData, rules_of
-from colabtools.dreambooth.dataset import split_heldout
+from colabtools.dreambooth.dataset import first_captions, split_heldout
 from colabtools.dreambooth.disk import ensure_disk
 from colabtools.dreambooth.export import write_step_file
 from colabtools.dreambooth.families import scale_latents
@@ -360,10 +360,10 @@ class Run:
         every = self._plan.config.sample_every
         if not (self._around.world.is_main and every and step % every == 0):
             return
-        captions = [example.caption for example in self._examples]
+        prompts = self._plan.config.sample_prompts or first_captions(self._examples)
         try:
             with loop.networks.resting():
-                self._around.monitor.draw_samples(models, step, captions)
+                self._around.monitor.draw_samples(models, step, prompts)
         except torch.OutOfMemoryError:
             get_logger(__name__).warning(
                 "memory is too short to draw samples at step %d beside the training", step

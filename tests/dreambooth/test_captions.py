@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from colabtools.dreambooth.captions import CaptionRules, check_captions, every_form, vary
+from colabtools.dreambooth.captions import (
+    CaptionRules,
+    check_captions,
+    every_form,
+    subject_of,
+    vary,
+)
 from colabtools.errors import ConfigError, DatasetError
 
 TAGGED = "a sks r2-d2 robot, weiß,  8k photo, café — nuit, 2023-05"
@@ -166,3 +172,19 @@ def test_a_caption_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (folder / "one.txt").write_bytes("weiß".encode("latin-1"))
     with pytest.raises(DatasetError, match=r"one\.txt cannot be read .* save it as UTF-8"):
         check_captions([Path("one.png")], folder, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "token", "class_name"),
+    [
+        ("a photo of sks dog", "sks", "dog"),
+        ("a photo of a r2-d2 toy robot", "r2-d2", "toy robot"),
+        ("a sks star", "sks", "star"),
+        ("A Picture OF the ünï  dog", "ünï", "dog"),
+        ("sks", "sks", ""),
+        ("the", "", ""),
+        ("", "", ""),
+    ],
+)
+def test_token_and_class_are_read_from_the_prompt(prompt: str, token: str, class_name: str) -> None:
+    assert subject_of(prompt) == (token, class_name)

@@ -53,7 +53,7 @@ REFUSED: list[tuple[type[Any], str, list[Any]]] = [
     (GenerateConfig, "guidance_scale", NOT_RATES),
     (GenerateConfig, "negative_prompt", [None, 3]),
     (GenerateConfig, "num_inference_steps", NOT_COUNTS),
-    (GenerateConfig, "prompts", NOT_PROMPTS),
+    (GenerateConfig, "prompts", [p for p in NOT_PROMPTS if p not in ("", " ", ())]),
     (GenerateConfig, "prompts_file", [None, 3]),
     (GenerateConfig, "resolution", NOT_SIDES),
     (GenerateConfig, "seeds", NOT_SEEDS),
@@ -105,6 +105,7 @@ def test_the_docstring_explains_every_field_in_order(config: type[Any]) -> None:
 
 
 def test_text_values_are_split_where_a_form_has_one_field_for_many() -> None:
+    assert GenerateConfig(prompts="").prompts == GenerateConfig().prompts == ()  # type: ignore[arg-type]
     config = GenerateConfig(prompts=" a red star | a cat ", seeds="3, 1,20")  # type: ignore[arg-type]
     assert config.prompts == ("a red star", "a cat")
     assert config.seeds == (3, 1, 20)

@@ -137,7 +137,9 @@ def test_everything_is_in_one_json_file_and_the_record(
     assert report["scores"] == asdict(result.scores)
     assert result.drift is not None
     assert report["class_drift"] == asdict(result.drift)
-    assert report["config"] == json.loads(json.dumps(asdict(config)))
+    # What was said to be found is written as it was found.
+    asked = replace(config, token="sks", class_name="star")
+    assert report["config"] == json.loads(json.dumps(asdict(asked)))
     assert (report["step"], report["base_model"], report["comparable"]) == (7, "micro", False)
     assert report["paper"]["DreamBooth, Stable Diffusion"] == {
         "dino": 0.668,
@@ -241,3 +243,10 @@ def test_the_sheet_has_a_row_for_the_photos_each_prompt_and_the_class(
     sheet = load_upright(done[1].sheet)
     assert sheet.height > 5 * 160
     assert sheet.width > 5 * 160
+
+
+def test_a_subject_that_nobody_named_is_asked_for(config: EvaluateConfig, tmp_path: Path) -> None:
+    workspace = drive.open_local(tmp_path)
+    prepare(workspace, SESSION, PrepareConfig(images="demo", instance_prompt="sks"))
+    with pytest.raises(ConfigError, match=r"^class_name is 'auto', and the prompt 'sks' .*; give"):
+        evaluate(workspace, SESSION, config)

@@ -197,6 +197,17 @@ def test_weights_of_an_earlier_step_can_be_chosen(
         generate(workspace, SESSION, replace(QUICK, step=6))
 
 
+def test_without_a_prompt_the_captions_of_the_first_pictures_are_drawn(
+    workspace: drive.Workspace,
+) -> None:
+    session = open_session(workspace, SESSION)
+    for path in session.captions_dir.glob("*.txt"):
+        path.write_text({"1": "a sks cat", "2": " ", "3": "a sks cat"}.get(path.stem, "a ring"))
+    done = generate(workspace, SESSION, replace(ONE, prompts=()))
+    drawn = [read_settings(path) for path in done.pictures]
+    assert [settings["prompt"] for settings in drawn if settings] == ["a sks cat", "a ring"]
+
+
 def test_a_file_of_prompts_takes_the_place_of_the_field(
     workspace: drive.Workspace, tmp_path: Path
 ) -> None:
