@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from textwrap import shorten
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from colabtools.dreambooth.captions import subject_of
 from colabtools.dreambooth.dataset import load_examples
@@ -127,7 +127,7 @@ def _with_subject(config: EvaluateConfig, session: Session) -> EvaluateConfig:
     """Return the settings with token and class in place of "auto"."""
     prompt = str(session.read_record().get("instance_prompt", ""))
     names = dict(zip(("token", "class_name"), subject_of(prompt), strict=True))
-    found = {name: text for name, text in names.items() if getattr(config, name) == "auto"}
+    found: dict[str, Any] = {n: text for n, text in names.items() if getattr(config, n) == "auto"}
     for name, text in found.items():
         if not text:
             raise ConfigError(

@@ -77,6 +77,8 @@ def train(workspace: Workspace, session_name: str, config: TrainConfig) -> Train
             weights.folder,
         )
         return Trained(weights=weights, metrics=(), loss_curve=monitor.curve)
+    if beginning.saved is None and world.is_main:
+        _name_former_models(session)
     with (
         _open_store(session, plan, fresh=beginning.saved is None) as store,
         kept_rng(),
@@ -94,6 +96,18 @@ def train(workspace: Workspace, session_name: str, config: TrainConfig) -> Train
     return Trained(
         weights=latest_trained(session), metrics=tuple(monitor.metrics), loss_curve=monitor.curve
     )
+
+
+def _name_former_models(session: Session) -> None:
+    """Say which model files are of a former run; they are the user's, so they stay."""
+    suffixes = (".safetensors", ".ckpt")
+    names = sorted(path.name for path in session.folder.iterdir() if path.suffix in suffixes)
+    if names:
+        get_logger(__name__).warning(
+            "%s of session %s hold what was trained before, until export writes them anew",
+            ", ".join(names),
+            session.name,
+        )
 
 
 def _record(

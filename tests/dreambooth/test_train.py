@@ -214,6 +214,18 @@ def test_states_are_kept_for_good_every_so_often(workspace: drive.Workspace) -> 
     assert single["model.diffusion_model.input_blocks.0.0.weight"].equal(unet.half())
 
 
+def test_model_files_of_a_former_run_are_named_and_stay(
+    workspace: drive.Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = open_session(workspace, SESSION)
+    former = [session.folder / f"{SESSION}{end}" for end in (".ckpt", "_step_500.safetensors")]
+    for path in former:
+        path.write_bytes(b"former")
+    train(workspace)
+    assert f"{former[0].name}, {former[1].name} of session {SESSION} hold what was" in caplog.text
+    assert [path.read_bytes() for path in former] == [b"former"] * 2
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("optimizer", {"optimizer": "adma"}, "adma"),
     ("rank", {"method": "lora", "lora_rank": 0}, "lora_rank is 0"),
