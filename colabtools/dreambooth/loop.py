@@ -79,6 +79,7 @@ class StageLoop:
         self._scaler = torch.amp.GradScaler(models.device.type, enabled=fp16)
         self.health = Health(self.stage, every=1 if models.device.type == "cpu" else 10)
         self._stepping = False
+        self._compiled = False
         # What the stage holds, where it was measured.
         self.need: MemoryNeed | None = None
 
@@ -86,6 +87,11 @@ class StageLoop:
     def finished(self) -> bool:
         """Whether every update is done."""
         return self.update >= self.stage.steps
+
+    def compile(self) -> None:
+        """Compile the denoiser at its first call; where that fails it goes on as it is."""
+        self._models.denoiser.compile()
+        self._compiled = True
 
     def step(self, world: World) -> None:
         """Do the next update; where memory ends, one rung lower.
@@ -103,6 +109,10 @@ class StageLoop:
             except torch.OutOfMemoryError as error:
                 # Its traceback holds what fills the memory, so it must not be kept.
                 failure = str(error).partition("\n")[0]
+            except RuntimeError as error:
+                if not (self._compiled and _is_of_compiler(error)):
+                    raise
+                self._stop_compiling(error)
             if failure:
                 self._lower(world, failure)
         self.update += 1
@@ -208,6 +218,17 @@ class StageLoop:
         slots = [slot for batch in batches for slot in batch]
         return find_cause(self.networks, self._feed.data, slots)
 
+    def _stop_compiling(self, error: RuntimeError) -> None:
+        """Go on without the compiler; the update that it broke off is done again."""
+        get_logger(__name__).warning(
+            "the denoiser cannot be compiled (%s); going on without",
+            " ".join(str(error).split())[:200],
+        )
+        self._optimizer.zero_grad(set_to_none=True)
+        # What `Module.compile` sets; torch has no name for the way back.
+        self._models.denoiser._compiled_call_impl = None
+        self._compiled = False
+
     def _lower(self, world: World, failure: str) -> None:
         """Go one rung down, or give up."""
         self._optimizer.zero_grad(set_to_none=True)
@@ -283,3 +304,11 @@ class StageLoop:
             ) from error
         self.update = int(state["update"])
         self.health.load(state["metrics"])
+
+
+def _is_of_compiler(error: RuntimeError) -> bool:
+    """Whether an error is of torch.compile, which needs a C++ compiler, Triton and much memory."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError
+
+    return isinstance(error, (TorchDynamoException, CppCompileError))

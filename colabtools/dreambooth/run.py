@@ -266,7 +266,7 @@ class Run:
         if not stage.trains_text:
             self._encode_prompts(models, embed, data, heldout)
         if self._plan.config.compile:
-            models.denoiser.compile()
+            loop.compile()
         self._update_all(loop, models, embed, heldout)
         loop.check(now=True)
         loop.health.check_weights(networks)

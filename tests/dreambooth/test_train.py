@@ -214,6 +214,34 @@ def test_states_are_kept_for_good_every_so_often(workspace: drive.Workspace) -> 
     assert single["model.diffusion_model.input_blocks.0.0.weight"].equal(unet.half())
 
 
+def test_where_compiling_fails_the_run_goes_on_without(
+    workspace: drive.Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = train(workspace, text_encoder_steps=0, unet_steps=2).metrics
+
+    def broken(graph: Any, inputs: Any) -> None:
+        raise OSError("no C++ compiler here")
+
+    def compile_broken(module: torch.nn.Module) -> None:
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=broken)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_broken)
+    again = train(workspace, text_encoder_steps=0, unet_steps=2, compile=True, resume="never")
+    assert again.metrics == plain
+    assert "the denoiser cannot be compiled" in caplog.text
+    assert "no C++ compiler here" in caplog.text
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_a_compiled_run_learns_what_a_plain_one_does(workspace: drive.Workspace) -> None:
+    settings = {"text_encoder_steps": 0, "unet_steps": 4}
+    plain = train(workspace, **settings).metrics
+    compiled = train(workspace, **settings, compile=True, resume="never").metrics
+    assert [m.loss for m in compiled] == pytest.approx([m.loss for m in plain], rel=1e-4)
+    assert compiled != plain
+
+
 def test_model_files_of_a_former_run_are_named_and_stay(
     workspace: drive.Workspace, caplog: pytest.LogCaptureFixture
 ) -> None:
