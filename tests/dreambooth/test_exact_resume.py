@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from colabtools import drive
-from colabtools.dreambooth import loop
+from colabtools.dreambooth import loop, networks, run
 from colabtools.dreambooth.config import PrepareConfig
 from colabtools.dreambooth.dataset import prepare
 from colabtools.dreambooth.session import open_session
@@ -213,6 +213,29 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(
     file.write_bytes(data)
     train(workspace, SESSION, config)
     assert "state.safetensors" in caplog.text
+    assert result_of(workspace) == result_of(calm)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "method"), [(torch.float16, "full"), (torch.bfloat16, "lora")], ids=["fp16", "bf16"]
+)
+def test_a_run_in_half_precision_ends_bit_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, method: str
+) -> None:
+    # torch computes in both on a CPU, slowly, so cards need not be at hand to hold the loss scale.
+    for module in (networks, run):
+        monkeypatch.setattr(module, "compute_dtype", lambda *_: dtype)
+    config = replace(CONFIG, method=method, text_encoder_steps=0, unet_steps=5, ema=False)
+    calm = make_workspace(tmp_path / "calm")
+    train(calm, SESSION, config)
+    workspace = make_workspace(tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        stop_after(PASSES * 3, patch)
+        with pytest.raises(Killed):
+            train(workspace, SESSION, config)
+    state = find_trained(open_session(workspace, SESSION))[-1].load_state()
+    assert bool(state["grad_scaler"]) == (dtype is torch.float16)
+    train(workspace, SESSION, config)
     assert result_of(workspace) == result_of(calm)
 
 
