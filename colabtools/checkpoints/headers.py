@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPE_BYTES",
+    "PAGE_BYTES",
     "Header",
     "TensorEntry",
     "describe_start",
@@ -52,6 +53,9 @@ DTYPE_BYTES: Mapping[str, int] = {
     "U64": 8,
     "U8": 1,
 }
+
+# Of memory, and the blocks of most file systems.
+PAGE_BYTES = 4096
 
 _LENGTH_BYTES = 8
 _ALIGNMENT_BYTES = 8
@@ -277,13 +281,18 @@ def _gapless_end(entries: Iterable[TensorEntry], begin: int, path: Path) -> int:
 
 
 def encode_safetensors_header(
-    rows: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+    rows: Iterable[tuple[str, str, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    *,
+    place: int | None = None,
 ) -> bytes:
     """Return the header, its length before it, of tensors that follow in this order.
 
     Args:
         rows: name, dtype and shape of each tensor.
         metadata: texts by name; may be empty.
+        place: where in a page of memory the first tensor is to begin, a multiple of 8; None is
+            wherever the header happens to end.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -292,4 +301,6 @@ def encode_safetensors_header(
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT_BYTES)
+    if place is not None:
+        text += b" " * ((place - _LENGTH_BYTES - len(text)) % PAGE_BYTES)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text

@@ -115,7 +115,7 @@ def _stage_needs(
         keep_last=config.keep_last,
         keep_every=config.save_every,
         fresh=fresh,
-        milestone_bytes=model_file_bytes(models) if _writes_step_files(plan, models) else 0,
+        milestone_bytes=model_file_bytes(models) if _writes_step_files(plan) else 0,
         sample_bytes=picture_bytes(plan.base.resolution, cells),
     )
 
@@ -165,8 +165,8 @@ def _typical_state(plan: TrainPlan, learning: list[torch.Tensor]) -> dict[str, A
     }
 
 
-def _writes_step_files(plan: TrainPlan, models: Models) -> bool:
-    return plan.config.save_every > 0 and plan.method == "full" and models.family.name == "sd1"
+def _writes_step_files(plan: TrainPlan) -> bool:
+    return plan.config.save_every > 0 and plan.method == "full"
 
 
 def model_file_bytes(models: Models) -> int:
