@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colabtools.checkpoints.headers import Header, one_line, open_regular
+from colabtools.checkpoints.casting import cast_bytes
+from colabtools.checkpoints.headers import Header, TensorEntry, one_line, open_regular
 from colabtools.errors import CheckpointError
+from colabtools.report import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,6 +43,7 @@ _ARCHITECTURES = {
     ),
 }
 _INPAINTING_CHANNELS = 9
+_V_SPREAD = 0.09
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +98,8 @@ def describe_folder(folder: Path, family: FamilyMap, parts: Mapping[str, Tensors
 def describe_file(header: Header, family: FamilyMap, parts: Mapping[str, Tensors]) -> Description:
     """Return what a single file, or the .yaml beside it, says of its model."""
     names = header.tensors.keys()
-    told = header.metadata.get("modelspec.prediction_type", "")
-    v_prediction = (
-        "v_pred" in names
-        or told in ("v", "v_prediction")
-        or 'parameterization: "v"' in _text_beside(header.path)
-    )
     denoiser = parts.get(family.denoiser.name, {})
-    prediction = "v_prediction" if v_prediction else "epsilon"
+    prediction = _prediction_of(header, family, denoiser)
     return Description(
         family=family.name,
         prediction_type="flow" if family.name == "flux" else prediction,
@@ -110,6 +107,40 @@ def describe_file(header: Header, family: FamilyMap, parts: Mapping[str, Tensors
         channels=_channels(denoiser, _first_layers(family)[1]),
         guided=any(name.startswith("guidance_in.") for name in denoiser),
     )
+
+
+def _prediction_of(header: Header, family: FamilyMap, denoiser: Tensors) -> str:
+    told = header.metadata.get("modelspec.prediction_type", "")
+    beside = _text_beside(header.path)
+    if "v_pred" in header.tensors or told in ("v", "v_prediction"):
+        return "v_prediction"
+    if 'parameterization: "v"' in beside:
+        return "v_prediction"
+    if family.name == "sd2" and not told and not beside and _looks_like_v(denoiser):
+        get_logger(__name__).warning(
+            "%s does not say what it predicts; its weights look like those of v-prediction, "
+            "set prediction_type if they are not",
+            header.path,
+        )
+        return "v_prediction"
+    return "epsilon"
+
+
+def _looks_like_v(denoiser: Tensors) -> bool:
+    """Guess from how far the numbers of one bias are spread, which is all that differs.
+
+    Source: ComfyUI, comfy/supported_models.py, SD20.model_type.
+    """
+    import numpy as np
+
+    entry = denoiser.get("output_blocks.11.1.transformer_blocks.0.norm1.bias")
+    if not isinstance(entry, TensorEntry) or entry.dtype not in ("BF16", "F16", "F32"):
+        return False
+    with open_regular(entry.path) as file:
+        file.seek(entry.begin)
+        data = memoryview(bytearray(file.read(entry.size_bytes)))
+    single = data if entry.dtype == "F32" else cast_bytes(data, entry.dtype, "F32", entry.name)
+    return bool(np.frombuffer(single, np.float32).std() > _V_SPREAD)
 
 
 def _first_layers(family: FamilyMap) -> tuple[str, str]:

@@ -421,6 +421,21 @@ def test_another_yaml_beside_the_file_is_left_alone(model: ModelOf, tmp_path: Pa
     assert (tmp_path / "m.yaml").read_text() == "mine"
 
 
+@pytest.mark.parametrize("spread", [0.05, 0.2])
+def test_a_file_of_sd2_that_says_nothing_is_judged_by_one_bias(
+    model: ModelOf, tmp_path: Path, caplog: pytest.LogCaptureFixture, spread: float
+) -> None:
+    rows = file_content(convert(model("sd2"), tmp_path / "m.safetensors").path)
+    name = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    values = np.random.default_rng(0).normal(0, spread, rows[name][1]).astype(np.float32)
+    rows[name] = ("F32", values.shape, values.tobytes())
+    source = write_rows(tmp_path / "silent.safetensors", rows)
+    file = convert(source, tmp_path / "m.safetensors").path
+    told = read_safetensors_header(file).metadata["modelspec.prediction_type"]
+    assert told == ("v" if spread > 0.09 else "epsilon")
+    assert ("look like those of v-prediction" in caplog.text) == (told == "v")
+
+
 def test_an_sdxl_that_predicts_v_carries_the_marks(model: ModelOf, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model("sdxl"), tmp_path / "sdxl"))
     path = folder / "scheduler" / "scheduler_config.json"
