@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import colabtools
 from colabtools import drive, headless, report
+from colabtools.checkpoints.convert import ConvertConfig, convert
 from colabtools.dreambooth.config import (
     EvaluateConfig,
     ExportConfig,
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_run(verbs, shared)
     _add_demo(verbs, shared)
+    _add_convert(verbs, shared)
     _add_dreambooth(verbs, shared)
     return parser
 
@@ -125,6 +127,21 @@ def _add_demo(verbs: Any, shared: argparse.ArgumentParser) -> None:
     text = "where to (default: ./demo)"
     demo.add_argument("--out", type=Path, metavar="DIR", default=Path("demo"), help=text)
     demo.set_defaults(run=lambda args: _print(headless.demo(args.out)))
+
+
+def _add_convert(verbs: Any, shared: argparse.ArgumentParser) -> None:
+    text = "convert a model between a folder, .safetensors and .ckpt"
+    verb = verbs.add_parser("convert", parents=[shared], help=text, description=text)
+    verb.add_argument("src", metavar="SRC", help="a folder in diffusers' layout, or a file")
+    text = "a name in .safetensors or .ckpt for one file, any other for a folder"
+    verb.add_argument("dst", metavar="DST", help=text)
+    _add_fields(verb, ConvertConfig)
+
+    def call(args: argparse.Namespace) -> None:
+        settings = {field.name: getattr(args, field.name) for field in fields(ConvertConfig)}
+        _print(convert(args.src, args.dst, ConvertConfig(**settings)).path)
+
+    verb.set_defaults(run=call)
 
 
 def _add_dreambooth(verbs: Any, shared: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 import colabtools
-from colabtools import cli, drive, headless, report
+from colabtools import cli, drive, headless, micro, report
 from colabtools.dreambooth import config
 from colabtools.dreambooth.train_config import TrainConfig
 from colabtools.errors import ColabToolsError, MissingDependencyError, SessionError
@@ -729,3 +729,22 @@ def test_a_training_that_is_stopped_is_exit_130_and_the_same_command_goes_on(
     capsys.readouterr()
     assert cli.main([*argv, "--resume", "require", "--quiet"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == str(state.with_name("step-000003"))
+
+
+def test_a_model_is_converted_there_and_back(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    base = str(micro.sd_path())
+    assert cli.main(["convert", base, "m.safetensors", "--dtype", "fp16"]) == 0
+    assert capsys.readouterr().out == f"{folder / 'm.safetensors'}\n"
+    verify = ["convert", base, "m.safetensors", "--dtype", "fp16", "--verify-only"]
+    assert cli.main(verify) == 0
+    assert cli.main(["convert", "m.safetensors", "m", "--config-from", base, "--no-fetch"]) == 0
+    assert (folder / "m" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (folder / "m" / "tokenizer").is_dir()
+    capsys.readouterr()
+    assert cli.main(["convert", "m.safetensors", "n.safetensors", "--ema"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("colabtools: ")
+    assert "no average of its weights" in error
+    assert sorted(path.name for path in folder.iterdir()) == ["m", "m.safetensors"]

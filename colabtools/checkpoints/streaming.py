@@ -6,17 +6,16 @@ to know its digest; a training state can be most of a machine's memory and tens 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import json
 import math
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
+from colabtools.checkpoints.placing import sync, sync_folder
 from colabtools.drive import sha256_of
 from colabtools.errors import CheckpointError, WorkspaceError
 
@@ -83,7 +82,7 @@ def write_verified(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDige
                 digest.update(chunk)
                 size_bytes += memoryview(chunk).nbytes
             file.flush()
-            _sync(file.fileno())
+            sync(file.fileno())
     except OSError as error:
         # A write that fails knows its file by number only.
         error.filename = error.filename or str(path)
@@ -145,31 +144,6 @@ def read_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
     if digest.hexdigest() != sha256:
         raise CheckpointError(f"{path} is damaged: its bytes are not those that were saved")
     return tensors
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where its file system can.
-
-    Raises:
-        OSError: the storage failed.
-    """
-    if os.name == "nt":
-        # Windows opens no folders, and needs no such thing.
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _sync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some FUSE and network file systems have no fsync; reading back has to do there.
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise
 
 
 def _in_order(tensors: Mapping[str, torch.Tensor]) -> list[str]:

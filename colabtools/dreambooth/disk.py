@@ -122,7 +122,7 @@ def _stage_needs(
         checkpoint_every=plan.checkpoint_every,
         keep_last=config.keep_last,
         keep_every=config.save_every,
-        milestone_bytes=model_file_bytes(models) if _writes_step_files(plan, models) else 0,
+        milestone_bytes=model_file_bytes(models) if _writes_step_files(plan) else 0,
     )
 
 
@@ -171,8 +171,8 @@ def _typical_state(plan: TrainPlan, learning: list[torch.Tensor]) -> dict[str, A
     }
 
 
-def _writes_step_files(plan: TrainPlan, models: Models) -> bool:
-    return plan.config.save_every > 0 and plan.method == "full" and models.family.name == "sd1"
+def _writes_step_files(plan: TrainPlan) -> bool:
+    return plan.config.save_every > 0 and plan.method == "full"
 
 
 def model_file_bytes(models: Models) -> int:

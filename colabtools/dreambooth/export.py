@@ -2,69 +2,75 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from colabtools import env
-from colabtools.checkpoints.single_file import (
-    WrittenFile,
-    assemble_sd1,
-    save_ckpt,
-    save_safetensors,
+from colabtools.checkpoints.convert import WrittenFile, write_single
+from colabtools.checkpoints.description import Description, describe_folder
+from colabtools.checkpoints.keymaps.families import FAMILIES, FamilyMap
+from colabtools.checkpoints.plan import Target, plan_single
+from colabtools.checkpoints.sources import (
+    Tensors,
+    live_tensors,
+    read_folder,
+    read_header,
+    read_part,
 )
 from colabtools.dreambooth.generate import load_trained_pipeline
 from colabtools.dreambooth.session import open_session
 from colabtools.dreambooth.state import latest_trained
 from colabtools.drive import is_remote
+from colabtools.errors import CheckpointError, ModelError
+from colabtools.registry import find_base, resolve_base
 from colabtools.report import get_logger
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from colabtools.dreambooth.config import ExportConfig
     from colabtools.dreambooth.families import Models
+    from colabtools.dreambooth.saved import Saved
     from colabtools.dreambooth.session import Session
     from colabtools.drive import Workspace
+    from colabtools.registry import Base
 
 __all__ = ["export", "write_step_file"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_LORA = "_lora"
 
 
 def export(workspace: Workspace, session_name: str, config: ExportConfig) -> list[WrittenFile]:
     """Write `<session>.safetensors` and, if asked for, `<session>.ckpt` into the session's folder.
 
     Every file is reopened and compared before it takes its name, an older one stays until then.
+    Adapters are merged into the model. Of Flux the transformer alone is written, as its publisher
+    does, unless a text encoder was trained as well.
 
     Raises:
-        CheckpointError: the session has no trained weights, or is not a Stable Diffusion 1.x.
+        CheckpointError: the session has no trained weights, damaged ones, or some that do not fit.
+        ModelError: the base model cannot be had.
         SessionError: there is no such session.
         WorkspaceError: there is not enough room.
     """
     session = open_session(workspace, session_name)
     weights = latest_trained(session)
-    pipeline = load_trained_pipeline(weights)
-    tensors = assemble_sd1(
-        unet=pipeline.unet.state_dict(),
-        vae=pipeline.vae.state_dict(),
-        text_encoder=pipeline.text_encoder.state_dict(),
-        dtype=_DTYPES[config.dtype],
-    )
-    size_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    base = resolve_base(find_base(weights.manifest["base_model"]))
+    parts, description = _trained_parts(base, weights)
+    trained = {name.removesuffix(_LORA) for name in weights.trained}
+    targets = _targets(FAMILIES[base.family], parts, trained, config.dtype)
+    size_bytes = sum(target.size_bytes for target in targets)
     workspace.ensure_space(round(1.05 * size_bytes) * len(config.formats), "the exported model")
-    written = []
+    metadata = {
+        "base_model": str(weights.manifest["base_model"]),
+        "session": session.name,
+        "step": str(weights.step),
+    }
+    written: list[WrittenFile] = []
     for name in config.formats:
         path = session.folder / f"{session.name}.{name}"
-        if name == "ckpt":
-            written.append(save_ckpt(tensors, path))
-        else:
-            metadata = {"base_model": str(weights.manifest["base_model"]), "session": session.name}
-            written.append(save_safetensors(tensors, path, {**metadata, "step": str(weights.step)}))
-        get_logger(__name__).info(
-            "wrote and verified %s, %.1f MB", path, written[-1].size_bytes / 1e6
-        )
+        written += write_single(path, targets, description, metadata).files
     digests = {file.path.name: file.sha256 for file in written}
     session.add_run({"verb": "export", "step": weights.step, **asdict(config), "sha256": digests})
     if config.disconnect:
@@ -75,26 +81,117 @@ def export(workspace: Workspace, session_name: str, config: ExportConfig) -> lis
 def write_step_file(session: Session, models: Models, step: int) -> Path | None:
     """Write `<session>_step_<n>.safetensors` of a run in progress, in fp16.
 
-    Returns None for models that have no such file yet; their checkpoint is kept all the same.
+    Returns None where adapters are trained: their checkpoint is kept all the same.
 
     Raises:
         CheckpointError: a tensor is not finite in fp16.
+        ModelError: a part that was dropped from memory cannot be had.
         WorkspaceError: the file cannot be written.
     """
-    networks = (models.denoiser, *models.text_encoders.values())
-    if models.family.name != "sd1" or any(hasattr(n, "peft_config") for n in networks):
+    networks = {**models.text_encoders, "vae": models.vae, models.family.denoiser: models.denoiser}
+    if any(hasattr(network, "peft_config") for network in networks.values()):
         return None
-    tensors = assemble_sd1(
-        unet=models.denoiser.state_dict(),
-        vae=models.vae.state_dict(),
-        text_encoder=models.text_encoders["text_encoder"].state_dict(),
-        dtype=torch.float16,
-    )
+    there = {name: network for name, network in networks.items() if network is not None}
+    parts: dict[str, Tensors] = {
+        name: live_tensors(network.state_dict()) for name, network in there.items()
+    }
+    family = FAMILIES[models.family.name]
+    trained = {name for name, network in there.items() if _learns(network)}
+    whole = family.name != "flux" or trained != {family.denoiser.name}
+    if whole and len(parts) < len(family.parts):
+        parts = {**_base_parts(models.base), **parts}
+    targets = _targets(family, parts, trained, "fp16")
+    schedule = models.noise_scheduler.config
+    description = _describe(models.base, parts, dict(schedule))
     path = session.folder / f"{session.name}_step_{step}.safetensors"
     metadata = {"base_model": models.base.name, "session": session.name, "step": str(step)}
-    save_safetensors(tensors, path, metadata)
-    get_logger(__name__).info("wrote and verified %s", path)
+    write_single(path, targets, description, metadata)
     return path
+
+
+def _learns(network: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in network.parameters())
+
+
+def _targets(
+    family: FamilyMap, parts: dict[str, Tensors], trained: set[str], dtype: str
+) -> list[Target]:
+    """Return the tensors of the file: of the whole model, or of Flux's transformer alone."""
+    denoiser = family.denoiser.name
+    if family.name == "flux" and trained <= {denoiser}:
+        return plan_single(family, {denoiser: parts[denoiser]}, dtype, bare=True)
+    if missing := [part.name for part in family.parts if part.name not in parts]:
+        raise CheckpointError(f"the base model lacks its {missing[0]}; download it again")
+    return plan_single(family, parts, dtype)
+
+
+def _trained_parts(base: Base, weights: Saved) -> tuple[dict[str, Tensors], Description]:
+    """Return the parts of the model with the trained ones in place, and what the model is."""
+    snr = bool(weights.manifest.get("settings", {}).get("zero_terminal_snr"))
+    if any(name.endswith(_LORA) for name in weights.trained):
+        pipeline = load_trained_pipeline(weights)
+        parts: dict[str, Tensors] = {
+            part.name: live_tensors(getattr(pipeline, part.name).state_dict())
+            for part in FAMILIES[base.family].parts
+        }
+        description = _describe(base, parts, dict(pipeline.scheduler.config))
+        return parts, replace(description, zero_terminal_snr=snr or description.zero_terminal_snr)
+    if damage := weights.damage():
+        raise CheckpointError(f"{damage}; train the session again with resume set to never")
+    folder = _base_folder(base)
+    parts = _base_parts(base)
+    description = describe_folder(folder, FAMILIES[base.family], parts)
+    for name in weights.trained:
+        if name not in parts:
+            raise CheckpointError(
+                f"{weights.folder} holds {name}, which base model {base.name!r} does not have; "
+                "train the session again with resume set to never"
+            )
+        parts[name] = _saved_part(weights, name)
+    return parts, replace(description, zero_terminal_snr=snr or description.zero_terminal_snr)
+
+
+def _saved_part(weights: Saved, name: str) -> Tensors:
+    return read_header(weights.folder / f"{name}.safetensors").tensors
+
+
+def _describe(base: Base, parts: dict[str, Tensors], schedule: dict[str, Any]) -> Description:
+    transformer = parts.get("transformer", {})
+    return Description(
+        family=base.family,
+        prediction_type="flow"
+        if base.family == "flux"
+        else str(schedule.get("prediction_type", "epsilon")),
+        zero_terminal_snr=bool(schedule.get("rescale_betas_zero_snr")),
+        guided=any("guidance_embedder" in name for name in transformer),
+    )
+
+
+def _base_folder(base: Base) -> Path:
+    """Return the folder of a base model's files, which are fetched if need be."""
+    folder = Path(base.source).expanduser()
+    if folder.is_dir():
+        return folder
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(base.source, use_safetensors=True))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"base model {base.name!r} cannot be had from {base.source} ({error}); "
+            "check the name and the connection, or give a local folder in diffusers' layout"
+        ) from error
+
+
+def _base_parts(base: Base) -> dict[str, Tensors]:
+    """Return the tensors of a base model's files, its VAE replaced where the record says so."""
+    known = {part.name for part in FAMILIES[base.family].parts}
+    found = read_folder(_base_folder(base))
+    parts: dict[str, Tensors] = {name: found[name] for name in found.keys() & known}
+    if base.vae:
+        folder = _base_folder(replace(base, source=base.vae, vae=""))
+        parts["vae"] = read_part(folder) or parts["vae"]
+    return parts
 
 
 def _disconnect(folder: Path) -> None:

@@ -1,66 +1,82 @@
-"""A random Stable Diffusion 1.x, narrow but with every tensor of the real one."""
+"""Random models with the topology of the real ones, and what their files hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import pytest
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+
+from colabtools.checkpoints.headers import encode_safetensors_header
+from colabtools.checkpoints.sources import Tensor, read_folder, read_header
+from colabtools.report import set_quiet
+
+from ..dreambooth.tiny import make_tiny
+
+Row = tuple[str, tuple[int, ...], bytes]
+Content = dict[str, Row]
+ModelOf = Callable[[str], Path]
 
 
-class Parts(NamedTuple):
-    """The three networks and, by their names, the tensors of each."""
-
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-
-    def tensors(self) -> dict[str, Mapping[str, torch.Tensor]]:
-        return {name: getattr(self, name).state_dict() for name in self._fields}
-
-
-def build_parts() -> Parts:
-    """SD 1.5's topology: as in the real one the width grows twice and then stays."""
-    torch.manual_seed(7)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16, 32, 32),
-        attention_head_dim=4,
-        cross_attention_dim=16,
-        norm_num_groups=4,
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 8, 16, 16),
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=2,
-        sample_size=64,
-    )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=632,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=12,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-            bos_token_id=630,
-            eos_token_id=631,
-        )
-    )
-    parts = Parts(unet, vae, text_encoder)
-    with torch.no_grad():
-        # Biases and norms begin as 0 and 1; random, no two tensors can be mistaken for each other.
-        for tensor in (tensor for part in parts for tensor in part.parameters()):
-            tensor.copy_(torch.randn(tensor.shape))
-    return parts
+@pytest.fixture(autouse=True)
+def no_progress() -> Iterator[None]:
+    set_quiet(True)
+    yield
+    set_quiet(False)
 
 
 @pytest.fixture(scope="session")
-def parts() -> Parts:
-    return build_parts()
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelOf:
+    """The folder of a kind of model; it is shared, so copy it before changing it."""
+    made: dict[str, Path] = {}
+    root = tmp_path_factory.mktemp("models")
+
+    def of(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = make_tiny(kind, root / kind)
+        return made[kind]
+
+    return of
+
+
+@pytest.fixture
+def sd1(model: ModelOf, tmp_path: Path) -> Path:
+    """A folder of one's own."""
+    return Path(shutil.copytree(model("sd1"), tmp_path / "sd1"))
+
+
+def content(tensors: Mapping[str, Tensor]) -> Content:
+    """What tensors of files are: dtype, shape and bytes."""
+    rows = {}
+    for name, entry in tensors.items():
+        with entry.path.open("rb") as file:  # type: ignore[union-attr]
+            file.seek(entry.begin)  # type: ignore[union-attr]
+            rows[name] = (entry.dtype, entry.shape, file.read(entry.size_bytes))
+    return rows
+
+
+def folder_content(folder: Path) -> dict[str, Content]:
+    """What a folder holds, CLIP spelled as in older files."""
+    parts = {part: content(tensors) for part, tensors in read_folder(folder).items()}
+    tops = ("embeddings.", "encoder.layers.", "final_layer_norm.")
+    for part, rows in parts.items():
+        if part.startswith("text_encoder"):
+            parts[part] = {
+                f"text_model.{name}" if name.startswith(tops) else name: row
+                for name, row in rows.items()
+            }
+    return parts
+
+
+def file_content(path: Path) -> Content:
+    return content(read_header(path).tensors)
+
+
+def write_rows(path: Path, rows: Mapping[str, Row]) -> Path:
+    """Write a .safetensors file by hand."""
+    head = encode_safetensors_header(
+        [(name, dtype, shape) for name, (dtype, shape, _) in rows.items()], {"format": "pt"}
+    )
+    path.write_bytes(head + b"".join(data for _, _, data in rows.values()))
+    return path

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from colabtools.checkpoints import streaming
+from colabtools.checkpoints import placing, streaming
 from colabtools.drive import sha256_of
 from colabtools.errors import CheckpointError, WorkspaceError
 
@@ -108,7 +108,7 @@ def test_storage_that_changes_bytes_is_found(
     def corrupting_sync(descriptor: int) -> None:
         os.pwrite(descriptor, b"?", 1)
 
-    monkeypatch.setattr(streaming.os, "fsync", corrupting_sync)
+    monkeypatch.setattr(placing.os, "fsync", corrupting_sync)
     with pytest.raises(WorkspaceError, match="reads back other bytes than the 4 that were"):
         streaming.write_verified(tmp_path / "x", [b"ab", memoryview(b"cd")])
 
@@ -120,7 +120,7 @@ def test_a_failing_flush_is_not_swallowed(
     def fail(descriptor: int) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(streaming.os, "fsync", fail)
+    monkeypatch.setattr(placing.os, "fsync", fail)
     with pytest.raises(OSError, match=os.strerror(code)) as caught:
         streaming.write_verified(tmp_path / "x", [b"ab"])
     assert caught.value.filename == str(tmp_path / "x")
@@ -134,6 +134,6 @@ def test_a_file_system_without_flush_will_do(
     def refuse(descriptor: int) -> None:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
-    monkeypatch.setattr(streaming.os, "fsync", refuse)
+    monkeypatch.setattr(placing.os, "fsync", refuse)
     assert streaming.write_verified(tmp_path / "x", [b"ab"]).size_bytes == 2
     streaming.sync_folder(tmp_path)

@@ -115,10 +115,10 @@ def test_the_runtime_is_kept_where_a_file_does_not_verify(
     released: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def damaged(*args: object) -> None:
+    def damaged(*_: object, **__: object) -> None:
         raise CheckpointError("the file reads back differently")
 
-    monkeypatch.setattr(exporting, "save_ckpt", damaged)
+    monkeypatch.setattr(exporting, "write_single", damaged)
     with pytest.raises(CheckpointError, match="reads back differently"):
         export(trained[0], SESSION, ExportConfig(formats=("ckpt",), disconnect=True))
     assert released == []
