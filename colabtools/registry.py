@@ -215,25 +215,36 @@ def resolve_base(base: Base) -> Base:
     return base if base.family else _describe(base, fetch_configs(base))
 
 
-def check_resolution(base: Base, side: int) -> None:
+def check_resolution(base: Base, width: int, height: int | None = None) -> None:
     """Refuse pictures of a size that the base model cannot draw.
 
+    Args:
+        base: its record.
+        width: in pixels.
+        height: in pixels; None for a square. Of other shapes the square of that area counts.
+
     Raises:
-        ConfigError: the side is outside of what it was trained for, or not a multiple of what its
-            networks divide by.
+        ConfigError: the size is outside of what it was trained for, or a side is not a multiple of
+            what its networks divide by.
     """
     least, most = base.resolutions
+    sides = (width, width if height is None else height)
+    text = str(width) if sides[0] == sides[1] else f"{sides[0]}x{sides[1]}"
     # Flux packs 2 x 2 latents of 8 x 8 pixels into one token.
     step = 16 if base.family == "flux" else 8
-    if side % step:
+    for side in sides:
+        if side % step:
+            raise ConfigError(
+                f"resolution is {text}; {base.name} needs a multiple of {step}, "
+                f"such as {max(least, side - side % step)}"
+            )
+    area = sides[0] * sides[1]
+    # The shapes of buckets stay below the area of their square, by up to a quarter.
+    least_area = least**2 * (1.0 if sides[0] == sides[1] else 0.75)
+    if not least_area <= area <= most**2:
+        fault = "repeats the subject" if area > most**2 else "draws broken pictures"
         raise ConfigError(
-            f"resolution is {side}; {base.name} needs a multiple of {step}, "
-            f"such as {max(least, side - side % step)}"
-        )
-    if not least <= side <= most:
-        fault = "repeats the subject" if side > most else "draws broken pictures"
-        raise ConfigError(
-            f"resolution is {side}; {base.name} was trained at {base.resolution} and {fault} "
+            f"resolution is {text}; {base.name} was trained at {base.resolution} and {fault} "
             f"there; use {least} to {most} or set allow_resolution"
         )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from colabtools import micro
+from colabtools.dreambooth.buckets import bucket_shapes, bucket_step
 from colabtools.errors import ConfigError, ModelError
 from colabtools.registry import (
     BASES,
@@ -178,6 +179,17 @@ def test_the_refusal_says_which_sizes_work_and_how_to_insist() -> None:
 )
 def test_sizes_around_the_native_one_are_allowed(name: str, side: int) -> None:
     check_resolution(BASES[name], side)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_every_shape_of_the_buckets_is_allowed(name: str) -> None:
+    base = BASES[name]
+    for side in (base.resolutions[0], base.resolution, base.resolutions[1]):
+        for shape in bucket_shapes(side, bucket_step(side)):
+            if all(length % (16 if base.family == "flux" else 8) == 0 for length in shape):
+                check_resolution(base, *shape)
+    with pytest.raises(ConfigError, match="^resolution is 70x48; .* multiple of"):
+        check_resolution(base, 70, 48)
 
 
 def describe_model(folder: Path, **changes: dict[str, object]) -> Path:

@@ -64,9 +64,7 @@ def check_run(plan: TrainPlan, examples: tuple[Example, ...]) -> None:
     """
     if not plan.config.allow_resolution:
         for example in examples:
-            width, height = example.size
-            # Pictures of a bucket have the area of a square of this side.
-            registry.check_resolution(plan.base, round((width * height) ** 0.5))
+            registry.check_resolution(plan.base, *example.size)
     if plan.config.quantize == "nf4" and plan.method == "full":
         raise ConfigError(
             "quantize is 'nf4' with method 'full'; weights in 4 bits cannot be trained, use lora"

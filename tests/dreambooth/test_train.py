@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from colabtools import drive, registry
@@ -254,6 +256,18 @@ def test_model_files_of_a_former_run_are_named_and_stay(
     train(workspace)
     assert f"{former[0].name}, {former[1].name} of session {SESSION} hold what was" in caplog.text
     assert [path.read_bytes() for path in former] == [b"former"] * 2
+
+
+def test_pictures_of_several_shapes_are_trained(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, size in enumerate([(160, 80), (64, 64), (70, 120), (100, 90)]):
+        Image.new("RGB", size, (20 * number, 90, 160)).save(photos / f"{number}.png")
+    workspace = drive.open_local(tmp_path / "work")
+    prepare(workspace, SESSION, PrepareConfig(images=str(photos), buckets=True))
+    shapes = {example.size for example in load_examples(open_session(workspace, SESSION))}
+    assert len(shapes) > 2
+    assert len(train(workspace, prior_preservation=False).metrics) == 4
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
