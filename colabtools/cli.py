@@ -28,7 +28,7 @@ from colabtools.dreambooth.config import (
     PrepareConfig,
 )
 from colabtools.dreambooth.train_config import TrainConfig
-from colabtools.errors import ColabToolsError, MissingDependencyError
+from colabtools.errors import ColabToolsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_INSTALL = "install the extras: pip install 'colabtools[dreambooth,notebook]'"
 _NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)[eE][+-]?\d+|-inf|-nan", re.IGNORECASE)
 _NUMBERS = {int: "a whole number", float: "a number"}
 
@@ -50,23 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.setup_logging(debug=args.debug, quiet=args.quiet)
     try:
         args.run(args)
-    except (ColabToolsError, ImportError) as error:
+    except (ColabToolsError, ImportError, OSError) as error:
         if args.debug:
             raise
-        failure = error if isinstance(error, ColabToolsError) else _missing(error)
-        sys.stderr.write(f"colabtools: {' '.join(str(failure).split())}\n")
+        missing = isinstance(error, ImportError) and not isinstance(error, ColabToolsError)
+        advice = f"; {_INSTALL}" if missing else ""
+        sys.stderr.write(f"colabtools: {' '.join(str(error).split())}{advice}\n")
         return 1
     except KeyboardInterrupt as stop:
         # Training says what it saved; a plain Ctrl-C says nothing.
         sys.stderr.write(f"colabtools: {' '.join(str(stop).split()) or 'interrupted'}\n")
         return 130
     return 0
-
-
-def _missing(error: ImportError) -> MissingDependencyError:
-    return MissingDependencyError(
-        f"{error}; install the extras: pip install 'colabtools[dreambooth,notebook]'"
-    )
 
 
 def _dashed(argv: Sequence[str]) -> list[str]:

@@ -221,6 +221,7 @@ ALL_OPTIONS = {
     "export": {
         "formats": (["ckpt", "safetensors"], ("ckpt", "safetensors")),
         "dtype": "bf16",
+        "step": 500,
         "disconnect": True,
     },
     "generate": {

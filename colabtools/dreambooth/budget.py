@@ -173,7 +173,10 @@ def _go_through(needs: DiskNeeds, saves: list[_Row], rows: list[_Row]) -> tuple[
         # The new one is complete before an old one goes.
         peak = max(peak, beside + row.size_bytes + sum(old.size_bytes for old in rows))
         others = [old for old in rows if old.step != row.step]
-        rows = [row] if needs.fresh and number == 0 else [*others, row]
+        if needs.fresh and number == 0:
+            # Of former runs the last result stays until this run has one.
+            others = [old for old in others if old.finished][-1:]
+        rows = [*others, row]
         rows = retained(rows, needs.keep_last, needs.keep_every)
         if needs.keep_every and row.step % needs.keep_every == 0:
             beside += needs.milestone_bytes

@@ -256,6 +256,8 @@ class ExportConfig:
     Attributes:
         formats: any of "safetensors" and "ckpt"; a text with commas is split.
         dtype: of every tensor in the file, one of "fp16", "bf16" and "fp32".
+        step: write the weights that were saved at this step, as `<session>_step_<n>`; 0 for the
+            newest.
         disconnect: give a hosted runtime back once the files are verified and on Google Drive.
     """
 
@@ -264,6 +266,7 @@ class ExportConfig:
 
     formats: tuple[str, ...] = ("safetensors",)
     dtype: str = "fp16"
+    step: int = 0
     disconnect: bool = False
 
     def __post_init__(self) -> None:
@@ -273,4 +276,5 @@ class ExportConfig:
         check("formats", formats, known, f"one or more of {', '.join(self.FORMATS)}")
         object.__setattr__(self, "formats", tuple(dict.fromkeys(formats)))
         check("dtype", self.dtype, self.dtype in self.DTYPES, f"one of {', '.join(self.DTYPES)}")
+        check_whole("step", self.step, 0)
         check_flag("disconnect", self.disconnect)

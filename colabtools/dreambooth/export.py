@@ -6,8 +6,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from colabtools import env
 from colabtools.checkpoints.convert import WrittenFile, write_single
 from colabtools.checkpoints.description import Description, describe_folder
@@ -20,9 +18,8 @@ from colabtools.checkpoints.sources import (
     read_header,
     read_part,
 )
-from colabtools.dreambooth.generate import load_trained_pipeline
+from colabtools.dreambooth.generate import find_weights, load_trained_pipeline
 from colabtools.dreambooth.session import open_session
-from colabtools.dreambooth.state import latest_trained
 from colabtools.drive import is_remote
 from colabtools.errors import CheckpointError, ModelError
 from colabtools.registry import find_base, resolve_base
@@ -30,13 +27,12 @@ from colabtools.report import get_logger
 
 if TYPE_CHECKING:
     from colabtools.dreambooth.config import ExportConfig
-    from colabtools.dreambooth.families import Models
     from colabtools.dreambooth.saved import Saved
     from colabtools.dreambooth.session import Session
     from colabtools.drive import Workspace
     from colabtools.registry import Base
 
-__all__ = ["export", "write_step_file"]
+__all__ = ["export", "step_file", "write_step_file"]
 
 _LORA = "_lora"
 
@@ -46,71 +42,80 @@ def export(workspace: Workspace, session_name: str, config: ExportConfig) -> lis
 
     Every file is reopened and compared before it takes its name, an older one stays until then.
     Adapters are merged into the model. Of Flux the transformer alone is written, as its publisher
-    does, unless a text encoder was trained as well.
+    does, unless a text encoder was trained as well. Of a step that is asked for, the files are
+    `<session>_step_<n>`.
 
     Raises:
-        CheckpointError: the session has no trained weights, damaged ones, or some that do not fit.
+        CheckpointError: the session has no such trained weights, damaged ones, or some that do not
+            fit.
         ModelError: the base model cannot be had.
         SessionError: there is no such session.
         WorkspaceError: there is not enough room.
     """
     session = open_session(workspace, session_name)
-    weights = latest_trained(session)
-    base = resolve_base(find_base(weights.manifest["base_model"]))
-    parts, description = _trained_parts(base, weights)
-    trained = {name.removesuffix(_LORA) for name in weights.trained}
-    targets = _targets(FAMILIES[base.family], parts, trained, config.dtype)
+    weights = find_weights(session, config.step)
+    if not weights.finished and config.step == 0:
+        get_logger(__name__).warning(
+            "the training of %s is not finished; this is the model after %d steps, and train goes "
+            "on from there",
+            session.name,
+            weights.step,
+        )
+    targets, description = _model(weights, config.dtype)
     size_bytes = sum(target.size_bytes for target in targets)
     workspace.ensure_space(round(1.05 * size_bytes) * len(config.formats), "the exported model")
-    metadata = {
-        "base_model": str(weights.manifest["base_model"]),
-        "session": session.name,
-        "step": str(weights.step),
-    }
+    stem = step_file(session, weights).stem if config.step else session.name
+    metadata = _metadata(session, weights)
     written: list[WrittenFile] = []
     for name in config.formats:
-        path = session.folder / f"{session.name}.{name}"
+        path = session.folder / f"{stem}.{name}"
         written += write_single(path, targets, description, metadata).files
     digests = {file.path.name: file.sha256 for file in written}
-    session.add_run({"verb": "export", "step": weights.step, **asdict(config), "sha256": digests})
+    session.add_run({**asdict(config), "verb": "export", "step": weights.step, "sha256": digests})
     if config.disconnect:
         _disconnect(session.folder)
     return written
 
 
-def write_step_file(session: Session, models: Models, step: int) -> Path | None:
-    """Write `<session>_step_<n>.safetensors` of a run in progress, in fp16.
+def step_file(session: Session, weights: Saved) -> Path:
+    """Return where the model file of a step of a run belongs."""
+    return session.folder / f"{session.name}_step_{weights.step}.safetensors"
 
-    Returns None where adapters are trained: their checkpoint is kept all the same.
+
+def write_step_file(session: Session, weights: Saved) -> Path | None:
+    """Write `<session>_step_<n>.safetensors` of a saved state, in fp16.
+
+    Returns None where adapters are trained: merged, each would be as large as the model, and the
+    state with them is kept all the same.
 
     Raises:
-        CheckpointError: a tensor is not finite in fp16.
-        ModelError: a part that was dropped from memory cannot be had.
+        CheckpointError: a tensor is not finite in fp16, or the state is damaged.
+        ModelError: the base model cannot be had.
         WorkspaceError: the file cannot be written.
     """
-    networks = {**models.text_encoders, "vae": models.vae, models.family.denoiser: models.denoiser}
-    if any(hasattr(network, "peft_config") for network in networks.values()):
+    if any(name.endswith(_LORA) for name in weights.trained):
         return None
-    there = {name: network for name, network in networks.items() if network is not None}
-    parts: dict[str, Tensors] = {
-        name: live_tensors(network.state_dict()) for name, network in there.items()
-    }
-    family = FAMILIES[models.family.name]
-    trained = {name for name, network in there.items() if _learns(network)}
-    whole = family.name != "flux" or trained != {family.denoiser.name}
-    if whole and len(parts) < len(family.parts):
-        parts = {**_base_parts(models.base), **parts}
-    targets = _targets(family, parts, trained, "fp16")
-    schedule = models.noise_scheduler.config
-    description = _describe(models.base, parts, dict(schedule))
-    path = session.folder / f"{session.name}_step_{step}.safetensors"
-    metadata = {"base_model": models.base.name, "session": session.name, "step": str(step)}
-    write_single(path, targets, description, metadata)
+    targets, description = _model(weights, "fp16")
+    path = step_file(session, weights)
+    write_single(path, targets, description, _metadata(session, weights))
     return path
 
 
-def _learns(network: torch.nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in network.parameters())
+def _metadata(session: Session, weights: Saved) -> dict[str, str]:
+    return {
+        "base_model": str(weights.manifest["base_model"]),
+        "sequence": str(weights.sequence),
+        "session": session.name,
+        "step": str(weights.step),
+    }
+
+
+def _model(weights: Saved, dtype: str) -> tuple[list[Target], Description]:
+    """Return the tensors of the file of a whole model, and what the model is."""
+    base = resolve_base(find_base(weights.manifest["base_model"]))
+    parts, description = _trained_parts(base, weights)
+    trained = {name.removesuffix(_LORA) for name in weights.trained}
+    return _targets(FAMILIES[base.family], parts, trained, dtype), description
 
 
 def _targets(

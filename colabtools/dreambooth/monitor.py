@@ -72,7 +72,9 @@ class Monitor:
         self.metrics = list(metrics)
         self.heldout = [(int(step), float(loss)) for step, loss in heldout]
         self._written = len(self.metrics)
-        if events and self._plan.config.tensorboard and self._writer is None:
+        if events and self._plan.config.tensorboard:
+            # Events behind this state, of before a setback, are to be forgotten.
+            self.close()
             self._writer = _open_events(self._session.logs_dir / "tensorboard", len(self.metrics))
 
     def add_heldout(self, step: int, loss: float) -> None:

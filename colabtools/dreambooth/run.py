@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from colabtools import registry
+from colabtools.dreambooth.byproducts import ensure_step_files, spared
 from colabtools.dreambooth.cache import LatentCache, crop_sets
 from colabtools.dreambooth.data import PromptEncoder, TrainingData, rules_of
 from colabtools.dreambooth.dataset import first_captions, split_heldout
 from colabtools.dreambooth.disk import ensure_disk
-from colabtools.dreambooth.export import write_step_file
 from colabtools.dreambooth.families import scale_latents
 from colabtools.dreambooth.generate import scheduler_from_noise
 from colabtools.dreambooth.guard import Metric
@@ -146,15 +146,19 @@ class Run:
         if saved is not None:
             get_logger(__name__).info("going on from step %d", saved.step)
         events = self._around.world.is_main
-        self._around.monitor.start(_metrics(state), state.get("heldout", ()), events=events)
+        with spared("the events for TensorBoard"):
+            self._around.monitor.start(_metrics(state), state.get("heldout", ()), events=events)
+        if saved is not None:
+            # A kill may have come before the last of them was written.
+            self._write_step_files()
         for stage in stages:
             if stage.number < state.get("stage", 0):
                 continue
             current = state if stage.number == state.get("stage") else {}
             self._run_stage(stage, models, data, heldout, current)
-            self._save_boundary(stage, models, last=stage is stages[-1])
+            self._save_boundary(stage, last=stage is stages[-1])
 
-    def _save_boundary(self, stage: Stage, models: Models, *, last: bool) -> None:
+    def _save_boundary(self, stage: Stage, *, last: bool) -> None:
         """Save what a stage leaves, as the result of the run or for the next stage."""
         step = stage.first_step + stage.steps
         following = {
@@ -165,8 +169,6 @@ class Run:
             "heldout": self._around.monitor.heldout,
         }
         self._save(step, self._done, tuple(sorted(self._done)), {} if last else following)
-        if self._is_milestone(step) and not last:
-            write_step_file(self._session, models, step)
 
     def _load_models(self) -> Models:
         plan, device = self._plan, self._around.world.device
@@ -269,7 +271,8 @@ class Run:
         loop.check(now=True)
         loop.health.check_weights(networks)
         self._keep(networks)
-        self._around.monitor.update(loop.health.metrics)
+        with spared("the events for TensorBoard"):
+            self._around.monitor.update(loop.health.metrics)
 
     def _place_done(self, models: Models, stage: Stage) -> None:
         """Put the results of former stages in place, where they come from a saved state."""
@@ -312,9 +315,10 @@ class Run:
                 step = stage.first_step + loop.update
                 self._measure(loop, models, embed, heldout)
                 stop = self._around.world.any(asked.is_set())
-                if stop or (self._is_due(step) and not loop.finished):
-                    self._save_progress(loop, models)
+                # Before the state: whoever goes on from it would not draw them any more.
                 self._draw_samples(loop, models)
+                if stop or (self._is_due(step) and not loop.finished):
+                    self._save_progress(loop)
                 if stop:
                     raise KeyboardInterrupt(
                         f"stopped after step {step}; its state is saved, the same command goes on"
@@ -348,9 +352,19 @@ class Run:
         """Measure the held-out loss where it is due; it is a part of the state."""
         step = loop.stage.first_step + loop.update
         due = self._is_due(step) or loop.finished
-        if heldout is not None and due and self._around.world.is_main:
+        if heldout is None or not due or not self._around.world.is_main:
+            return
+        try:
             with loop.networks.resting(), loop.networks.autocast():
-                self._around.monitor.add_heldout(step, heldout.loss(models, embed))
+                loss = heldout.loss(models, embed)
+        except torch.OutOfMemoryError:
+            get_logger(__name__).warning(
+                "memory is too short to measure the held-out loss at step %d beside the training",
+                step,
+            )
+            return
+        with spared("the events for TensorBoard"):
+            self._around.monitor.add_heldout(step, loss)
 
     def _draw_samples(self, loop: StageLoop, models: Models) -> None:
         """Draw what is due; neither the training nor its end depends on it."""
@@ -360,7 +374,7 @@ class Run:
             return
         prompts = self._plan.config.sample_prompts or first_captions(self._examples)
         try:
-            with loop.networks.resting():
+            with spared(f"the samples of step {step}"), loop.networks.resting():
                 self._around.monitor.draw_samples(models, step, prompts)
         except torch.OutOfMemoryError:
             get_logger(__name__).warning(
@@ -369,7 +383,7 @@ class Run:
         if models.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _save_progress(self, loop: StageLoop, models: Models) -> None:
+    def _save_progress(self, loop: StageLoop) -> None:
         """Save everything that the rest of the run depends on."""
         step = loop.stage.first_step + loop.update
         state = {**loop.state(), "heldout": self._around.monitor.heldout}
@@ -377,15 +391,15 @@ class Run:
         loop.health.check_weights(loop.networks)
         kept = {stem for stem in self._done if stem not in loop.networks.weights()}
         trained = {*kept, *(file_stem(part, self._plan.method) for part in loop.stage.keeps)}
-        self._around.monitor.update(loop.health.metrics)
+        with spared("the events for TensorBoard"):
+            self._around.monitor.update(loop.health.metrics)
         self._save(step, weights, tuple(sorted(trained)), state)
-        if self._is_milestone(step):
-            with loop.networks.resting():
-                write_step_file(self._session, models, step)
 
-    def _is_milestone(self, step: int) -> bool:
+    def _write_step_files(self) -> None:
         every = self._plan.config.save_every
-        return self._around.world.is_main and every > 0 and step % every == 0
+        if self._around.world.is_main and every:
+            with spared("the model file of a saved step"):
+                ensure_step_files(self._session, self._around.store.of_run(), every)
 
     def _save(
         self,
@@ -395,6 +409,9 @@ class Run:
         state: dict[str, Any],
     ) -> None:
         if self._around.world.is_main:
+            # Before the state: after the last one nobody would write them again.
+            with spared("the log of losses"):
+                self._around.monitor.write()
             shape = asdict(adapter_settings(self._plan))
             adapters = {stem: shape for stem in trained if stem.endswith("_lora")}
             self._around.store.save(
@@ -407,7 +424,8 @@ class Run:
                     description={**self._description, "adapters": adapters},
                 )
             )
-            self._around.monitor.write()
+            if self._plan.config.save_every and step % self._plan.config.save_every == 0:
+                self._write_step_files()
         self._around.world.wait()
 
 

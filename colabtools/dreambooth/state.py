@@ -127,7 +127,7 @@ class CheckpointStore:
                 the session; `local_checkpoints_dir` is the one that others look into too. Without
                 it the session's own folder is written to.
             fresh: what former runs left is not looked at, and goes once the first checkpoint of
-                this one is safe.
+                this one is safe; their last result goes once this run has one.
         """
         self._session = session
         self._place = session.checkpoints_dir
@@ -229,6 +229,31 @@ class CheckpointStore:
                 "set resume to never to start over"
             )
         return None
+
+    def of_run(self) -> list[Saved]:
+        """Return this run's checkpoints wherever they are, oldest first; lengths are checked.
+
+        Raises:
+            WorkspaceError: the session's folder cannot be read and the machine has none.
+        """
+        return [saved for saved in find_trained(self._session) if saved.sequence >= self._oldest]
+
+    def send_stranded(self) -> None:
+        """Begin to copy what only this machine has, of a run that could not write its session."""
+        found, _, _ = _survey(self._session, self._local)
+        there = [saved.sequence for saved in found if saved.folder.parent == self._place]
+        newest = max(there, default=0)
+        self._unsent = [
+            saved
+            for saved in found
+            if saved.folder.parent == self._local
+            and saved.sequence not in there
+            and (saved.sequence > newest or _is_milestone(saved, self._keep_every))
+            and not saved.damage(quick=True)
+        ]
+        if self._unsent:
+            self._drop_superseded(self._unsent[-1])
+            self._send()
 
     def in_session(self) -> list[Saved]:
         """Return the checkpoints in the session's folder, oldest first; lengths are checked.
@@ -351,7 +376,10 @@ class CheckpointStore:
             found, _ = find_saved(place)
             whole = [saved for saved in found if not saved.damage(quick=True)]
             ours = [saved for saved in whole if saved.sequence >= self._oldest]
-            keep = {saved.folder for saved in retained(ours, keep_last, keep_every)} | unsent
+            # What a former run achieved goes when this one has achieved as much.
+            former = [saved for saved in whole if saved.sequence < self._oldest and saved.finished]
+            rows = [*former[-1:], *ours]
+            keep = {saved.folder for saved in retained(rows, keep_last, keep_every)} | unsent
             for saved in whole:
                 if saved.folder not in keep:
                     remove_folder(saved.folder)
@@ -380,6 +408,8 @@ def find_trained(session: Session) -> list[Saved]:
 def latest_trained(session: Session) -> Saved:
     """Return the newest weights of a session, of a finished run or of one under way.
 
+    Those that are damaged are passed over with a warning.
+
     Raises:
         CheckpointError: there are none.
         WorkspaceError: the session's folder cannot be read and the machine has none.
@@ -387,7 +417,14 @@ def latest_trained(session: Session) -> Saved:
     found = find_trained(session)
     if not found:
         raise CheckpointError(f"session {session.name!r} has no trained weights; run train first")
-    return found[-1]
+    for saved in reversed(found):
+        if not (damage := saved.damage()):
+            return saved
+        _warn_skipped(damage)
+    raise CheckpointError(
+        f"all {len(found)} states of session {session.name!r} are damaged; "
+        "train it again with resume set to never"
+    )
 
 
 def _survey(session: Session, local: Path) -> tuple[list[Saved], list[str], WorkspaceError | None]:

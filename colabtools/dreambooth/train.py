@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from colabtools.dreambooth.byproducts import ensure_step_files, spared
 from colabtools.dreambooth.dataset import check_examples, fingerprint, load_examples
 from colabtools.dreambooth.guard import Metric, Setback
 from colabtools.dreambooth.models import suitable_threads
@@ -71,12 +74,9 @@ def train(workspace: Workspace, session_name: str, config: TrainConfig) -> Train
     newest = CheckpointStore(session).newest() if config.resume != "never" else None
     beginning = choose_beginning(newest, description, config)
     if beginning.done:
-        weights = latest_trained(session)
-        get_logger(__name__).info(
-            "%s is trained with these settings already; set resume to never to do it again",
-            weights.folder,
+        return Trained(
+            weights=_complete(session, plan, world), metrics=(), loss_curve=monitor.curve
         )
-        return Trained(weights=weights, metrics=(), loss_curve=monitor.curve)
     if beginning.saved is None and world.is_main:
         _name_former_models(session)
     with (
@@ -84,6 +84,8 @@ def train(workspace: Workspace, session_name: str, config: TrainConfig) -> Train
         kept_rng(),
         suitable_threads(plan.base),
     ):
+        if beginning.saved is not None and world.is_main:
+            store.send_stranded()
         around = Surroundings(world=world, store=store, monitor=monitor)
         run = Run(session, plan, examples, description, around)
         try:
@@ -91,7 +93,9 @@ def train(workspace: Workspace, session_name: str, config: TrainConfig) -> Train
         finally:
             monitor.close()
     if world.is_main:
-        _record(session, config, monitor, store)
+        _name_stranded(store)
+        with spared("the session's record"):
+            _record(session, config, monitor)
     world.wait()
     return Trained(
         weights=latest_trained(session), metrics=tuple(monitor.metrics), loss_curve=monitor.curve
@@ -110,16 +114,40 @@ def _name_former_models(session: Session) -> None:
         )
 
 
-def _record(
-    session: Session, config: TrainConfig, monitor: Monitor, store: CheckpointStore
-) -> None:
-    """Write the run into the session's history, and say so if its result could not be."""
+def _complete(session: Session, plan: TrainPlan, world: World) -> Saved:
+    """Return the result of a run that is done, with what a kill at its very end left undone."""
+    weights = latest_trained(session)
+    get_logger(__name__).info(
+        "%s is trained with these settings already; set resume to never to do it again",
+        weights.folder,
+    )
+    if not world.is_main:
+        return weights
+    with _open_store(session, plan, fresh=False) as store:
+        store.send_stranded()
+        store.wait()
+        _name_stranded(store)
+        if plan.config.save_every:
+            with spared("the model file of a saved step"):
+                ensure_step_files(session, store.of_run(), plan.config.save_every)
+    with spared("the session's record"):
+        runs = session.read_record()["runs"]
+        if not any((run.get("verb"), run.get("step")) == ("train", weights.step) for run in runs):
+            session.add_run({"verb": "train", "step": weights.step, **asdict(plan.config)})
+    return weights
+
+
+def _name_stranded(store: CheckpointStore) -> None:
     if store.stranded is not None:
         get_logger(__name__).warning(
             "the workspace could not be written, so the result is only on this machine, in %s: "
             "mount it again and run train once more to bring it there",
             store.stranded,
         )
+
+
+def _record(session: Session, config: TrainConfig, monitor: Monitor) -> None:
+    """Write the run into the session's history."""
     session.add_run(
         {
             "verb": "train",
@@ -158,6 +186,12 @@ def _go_on(run: Run, world: World, store: CheckpointStore, saved: Saved | None) 
         try:
             run.attempt(saved)
             return
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0]
+            raise TrainingError(
+                f"out of memory before the first update ({reason}); use a lower resolution, method "
+                "lora, quantize nf4, or a larger card"
+            ) from error
         except Setback as setback:
             if setback.memory is None:
                 if run.lr_scale < 1:

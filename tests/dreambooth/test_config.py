@@ -49,6 +49,7 @@ REFUSED: list[tuple[type[Any], str, list[Any]]] = [
     (ExportConfig, "disconnect", NOT_FLAGS),
     (ExportConfig, "dtype", ["fp8", "", "FP16", None, 16]),
     (ExportConfig, "formats", ["", "onnx", "safetensors, onnx", (), (1,), [["ckpt"]], None, 3]),
+    (ExportConfig, "step", NOT_STEPS),
     (GenerateConfig, "compare", NOT_FLAGS),
     (GenerateConfig, "guidance_scale", NOT_RATES),
     (GenerateConfig, "negative_prompt", [None, 3]),

@@ -19,7 +19,7 @@ from colabtools.dreambooth.config import ExportConfig, PrepareConfig
 from colabtools.dreambooth.dataset import prepare
 from colabtools.dreambooth.export import export, write_step_file
 from colabtools.dreambooth.generate import load_trained_pipeline
-from colabtools.dreambooth.models import load_models, load_pipeline
+from colabtools.dreambooth.models import load_pipeline
 from colabtools.dreambooth.saved import Snapshot, write_snapshot
 from colabtools.dreambooth.session import Session, open_session
 from colabtools.dreambooth.state import latest_trained
@@ -140,27 +140,35 @@ def test_damaged_weights_are_not_exported(
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="has other bytes than were saved"):
+    with pytest.raises(CheckpointError, match="all 1 states of session 'any' are damaged"):
         export(workspace, "any", ExportConfig())
 
 
 @pytest.mark.parametrize("kind", TRAINED)
-def test_a_run_in_progress_writes_the_same_file(
+def test_the_file_of_a_saved_step_is_a_conversion_of_its_weights(
     base: Callable[[str], Path], workspace: drive.Workspace, tmp_path: Path, kind: str
 ) -> None:
     source = base(kind)
-    models = load_models(find_base(str(source)), torch.device("cpu"))
-    for part in TRAINED[kind]:
-        models.part(part).requires_grad_(True)
-    if kind == "sdxl":
-        # What a stage was done with is dropped; the base model's files have it still.
-        models.pipeline.vae = models.vae = None
-    path = write_step_file(open_session(workspace, "any"), models, 7)
+    session = open_session(workspace, "any")
+    parts = {part: load_file(weight_file(source, part)) for part in TRAINED[kind]}
+    save_trained(session, source, parts)
+    path = write_step_file(session, latest_trained(session))
     assert path is not None
-    assert path.name == "any_step_7.safetensors"
+    assert path.name == "any_step_3.safetensors"
     alone = "denoiser" if kind.startswith("flux") else "all"
     settings = ConvertConfig(dtype="fp16", parts=alone)
     meant = load_file(convert(source, tmp_path / "m.safetensors", settings).path)
     found = load_file(path)
     assert found.keys() == meant.keys()
     assert all(found[name].equal(meant[name]) for name in meant)
+
+
+def test_a_step_is_exported_under_its_own_name(
+    base: Callable[[str], Path], workspace: drive.Workspace
+) -> None:
+    session = open_session(workspace, "any")
+    save_trained(session, base("sd1"), {"unet": load_file(weight_file(base("sd1"), "unet"))})
+    (file,) = export(workspace, "any", ExportConfig(step=3, formats=("ckpt",)))
+    assert file.path.name == "any_step_3.ckpt"
+    with pytest.raises(CheckpointError, match="no weights of step 4; there is 3"):
+        export(workspace, "any", ExportConfig(step=4))

@@ -192,11 +192,35 @@ def test_a_fresh_run_replaces_the_former_once_it_is_safe(session: Session) -> No
         assert value(CheckpointStore(session).newest()) == 150
         store.save(snapshot(10))
         assert value(store.newest()) == 10
-        assert steps(session.checkpoints_dir) == [10]
+        # The former result stays until there is another one.
+        assert steps(session.checkpoints_dir) == [10, 150]
         store.save(snapshot(100))
         store.save(snapshot(110))
         store.save(snapshot(120))
-    assert steps(session.checkpoints_dir) == [100, 110, 120]
+        assert steps(session.checkpoints_dir) == [100, 110, 120, 150]
+        store.save(snapshot(130, finished=True))
+    assert steps(session.checkpoints_dir) == [100, 130]
+
+
+def test_what_only_the_machine_has_is_brought_home(
+    session: Session, staging: Path, drive: Drive
+) -> None:
+    with CheckpointStore(session, staging=staging) as store:
+        store.save(snapshot(1))
+        store.wait()
+        drive.code = errno.EIO
+        store.save(snapshot(2))
+        store.save(snapshot(3, finished=True))
+    assert steps(session.checkpoints_dir) == [1]
+    drive.code = 0
+    with CheckpointStore(session, staging=staging) as store:
+        store.send_stranded()
+        store.wait()
+        assert store.stranded is None
+    assert steps(session.checkpoints_dir) == [3]
+    with CheckpointStore(session, staging=staging) as store:
+        store.send_stranded()
+        assert store._thread is None
 
 
 def test_a_session_made_anew_under_its_name_is_another_one(session: Session) -> None:
