@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass, replace
@@ -11,7 +12,15 @@ from typing import Any
 from colabtools import micro
 from colabtools.errors import ConfigError, MissingDependencyError, ModelError
 
-__all__ = ["BASES", "Base", "check_resolution", "fetch_configs", "find_base", "resolve_base"]
+__all__ = [
+    "BASES",
+    "Base",
+    "check_resolution",
+    "fetch_configs",
+    "find_base",
+    "resolve_base",
+    "weights_digest",
+]
 
 # Source: huggingface_hub 1.x, utils/_validators.py, REPO_ID_REGEX, with the owner required.
 _HUB_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -26,6 +35,9 @@ _FAMILIES = {
     "StableDiffusionXLPipeline": "sdxl",
 }
 _SD2_TEXT_WIDTH = 1024
+
+# Of each weight file, for `weights_digest`.
+_SAMPLES, _SAMPLE_BYTES = 33, 65_536
 
 # Least and largest side as a part of the native one. SD 1 and 2 know one size; SDXL was trained on
 # many shapes around its own, Flux on 0.1 to 2 million pixels.
@@ -294,6 +306,36 @@ def fetch_configs(base: Base) -> Path:
             f"base model {base.name!r} cannot be loaded from {base.source} ({reason}); "
             "check the name and the connection, or give a local folder in diffusers' layout"
         ) from error
+
+
+def weights_digest(base: Base) -> str:
+    """Return a digest of a local base model's weights, empty for a repository of the Hub.
+
+    It covers names and lengths of the files, and a part of their bytes spread over each: enough to
+    tell a model from another one, at the cost of some megabytes.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    folder = _local_folder(base.source)
+    if folder is None:
+        return ""
+    digest = hashlib.sha256()
+    try:
+        for path in sorted(folder.glob("*/*")):
+            if path.suffix in (".bin", ".safetensors"):
+                size_bytes = path.stat().st_size
+                name = path.relative_to(folder).as_posix()
+                digest.update(f"{name}\0{size_bytes}\0".encode("utf-8", "surrogateescape"))
+                with path.open("rb") as file:
+                    for place in range(_SAMPLES):
+                        file.seek(max(0, size_bytes - _SAMPLE_BYTES) * place // (_SAMPLES - 1))
+                        digest.update(file.read(_SAMPLE_BYTES))
+    except OSError as error:
+        raise ModelError(
+            f"base model {base.name!r} cannot be read ({error}); download it again"
+        ) from error
+    return digest.hexdigest()
 
 
 def _local_folder(name: str) -> Path | None:

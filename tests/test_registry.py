@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from colabtools import micro
 from colabtools.dreambooth.buckets import bucket_shapes, bucket_step
@@ -24,6 +26,7 @@ from colabtools.registry import (
     fetch_configs,
     find_base,
     resolve_base,
+    weights_digest,
 )
 
 
@@ -351,3 +354,18 @@ def test_a_known_record_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_configuration_of_a_folder_is_the_folder(tmp_path: Path) -> None:
     assert fetch_configs(Base(name="x", source=str(tmp_path), resolution=64)) == tmp_path
+
+
+def test_weights_that_change_anywhere_change_the_digest(tmp_path: Path) -> None:
+    assert weights_digest(BASES["sd-1.5"]) == ""
+    digest = weights_digest(BASES["micro"])
+    assert len(digest) == 64
+    copy = Path(shutil.copytree(BASES["micro"].source, tmp_path / "copy"))
+    base = replace(BASES["micro"], source=str(copy))
+    assert weights_digest(base) == digest
+    (copy / "README.md").write_text("other words")
+    assert weights_digest(base) == digest
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = {name: 1.5 * tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    assert weights_digest(base) != digest

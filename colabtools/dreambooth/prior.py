@@ -6,18 +6,21 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from colabtools.dreambooth.drawing import draw
-from colabtools.drive import atomic_path
+from colabtools.drive import atomic_path, sha256_of
+from colabtools.errors import ConfigError
 from colabtools.report import progress
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from diffusers import StableDiffusionPipeline
 
     from colabtools.dreambooth.plan import TrainPlan
+    from colabtools.dreambooth.saved import Saved
     from colabtools.dreambooth.session import Session
 
-__all__ = ["ensure_class_images"]
+__all__ = ["check_class_images", "ensure_class_images"]
 
 
 def ensure_class_images(
@@ -49,3 +52,27 @@ def ensure_class_images(
         with atomic_path(path) as partial:
             picture.save(partial, format="PNG")
     return paths
+
+
+def check_class_images(paths: Sequence[Path], saved: Saved | None) -> dict[str, str]:
+    """Return a digest of the class pictures, for the description of the run's states.
+
+    Args:
+        paths: all of them.
+        saved: the state to go on from, if any.
+
+    Raises:
+        ConfigError: the state was trained with others.
+        WorkspaceError: one cannot be read.
+    """
+    if not paths:
+        return {}
+    text = "\n".join(f"{path.name} {sha256_of(path)}" for path in paths)
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    former = digest if saved is None else saved.description.get("class_pictures", digest)
+    if former != digest:
+        raise ConfigError(
+            f"the class pictures in {paths[0].parent} are not those that the run began with; put "
+            "them back, or set resume to never to start over"
+        )
+    return {"class_pictures": digest}

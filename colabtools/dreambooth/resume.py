@@ -20,6 +20,7 @@ __all__ = ["Beginning", "choose_beginning", "differences"]
 _BINDING = frozenset(
     {
         "base_model",
+        "base_weights",
         "ema",
         "lora_alpha",
         "lora_rank",
@@ -45,6 +46,9 @@ def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str,
     """Return each setting that differs as (value of the saved run, value asked for)."""
     before = {**saved.get("settings", {}), **_top(saved)}
     after = {**asked.get("settings", {}), **_top(asked)}
+    if "base_weights" not in before.keys() & after.keys():
+        for side in (before, after):
+            side.pop("base_weights", None)
     return {
         name: (before.get(name, _MISSING), after.get(name, _MISSING))
         for name in sorted({*before, *after})
@@ -53,7 +57,9 @@ def differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str,
 
 
 def _top(description: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: description[name] for name in ("base_model", "pictures") if name in description}
+    # Older states and repositories of the Hub have no digest of their weights.
+    names = ("base_model", "base_weights", "pictures")
+    return {name: description[name] for name in names if description.get(name)}
 
 
 def choose_beginning(
@@ -83,11 +89,16 @@ def choose_beginning(
     if saved.finished and not changed:
         return Beginning(saved, done=True)
     if changed:
-        _accept(saved, changed, config)
+        _accept(saved, changed, asked, config)
     return Beginning(saved)
 
 
-def _accept(saved: Saved, changed: dict[str, tuple[Any, Any]], config: TrainConfig) -> None:
+def _accept(
+    saved: Saved,
+    changed: dict[str, tuple[Any, Any]],
+    asked: Mapping[str, Any],
+    config: TrainConfig,
+) -> None:
     """Return if a run may go on with these changes."""
     listing = ", ".join(f"{name} {_short(a)} -> {_short(b)}" for name, (a, b) in changed.items())
     over = "set resume to never to start over, or use another session"
@@ -99,6 +110,13 @@ def _accept(saved: Saved, changed: dict[str, tuple[Any, Any]], config: TrainConf
     if binding := sorted(_BINDING & changed.keys()):
         raise ConfigError(
             f"{where}; its state does not fit another {binding[0]}: put it back, or {over}"
+        )
+    steps = asked.get("settings", {})
+    total = sum(steps.get(name, 0) for name in ("text_encoder_steps", "unet_steps"))
+    if "unet_steps" in changed and saved.step >= total:
+        raise ConfigError(
+            f"{where}; step {saved.step} is done and the run would end at {total}: give more "
+            f"unet_steps, or {over}"
         )
     if not config.allow_changes:
         raise ConfigError(

@@ -32,7 +32,7 @@ from colabtools.dreambooth.networks import (
     use_attention,
 )
 from colabtools.dreambooth.order import Order
-from colabtools.dreambooth.prior import ensure_class_images
+from colabtools.dreambooth.prior import check_class_images, ensure_class_images
 from colabtools.dreambooth.saved import Snapshot
 from colabtools.dreambooth.stages import plan_stages
 from colabtools.errors import ConfigError
@@ -138,7 +138,7 @@ class Run:
         if self._around.world.is_main:
             done = saved.step if saved is not None else 0
             ensure_disk(self._plan, models, stages, self._around.store, done)
-        data, heldout = self._prepare_data(models)
+        data, heldout = self._prepare_data(models, saved)
         state = saved.load_state() if saved is not None else {}
         self._done = saved.load_all() if saved is not None else {}
         # A rate that was lowered stays so, in the stages that follow as well.
@@ -182,12 +182,15 @@ class Run:
             quantize=choose_quantization(plan, device),
         )
 
-    def _prepare_data(self, models: Models) -> tuple[TrainingData, HeldOut | None]:
+    def _prepare_data(
+        self, models: Models, saved: Saved | None
+    ) -> tuple[TrainingData, HeldOut | None]:
         """Draw what is missing, encode all pictures once, and take the VAE off the device."""
         if self._around.world.is_main:
             ensure_class_images(self._session, self._plan, models.pipeline)
         self._around.world.wait()
         class_paths = ensure_class_images(self._session, self._plan, models.pipeline)
+        self._description.update(check_class_images(class_paths, saved))
         config = self._plan.config
         data = TrainingData(
             instances=self._encode(

@@ -21,6 +21,7 @@ from colabtools.dreambooth.state import CheckpointStore, latest_trained, local_c
 from colabtools.dreambooth.world import join_world
 from colabtools.drive import is_remote
 from colabtools.errors import TrainingError
+from colabtools.registry import weights_digest
 from colabtools.report import get_logger
 
 if TYPE_CHECKING:
@@ -175,6 +176,7 @@ def _describe(plan: TrainPlan, examples: tuple[Example, ...], world: World) -> d
     # With another number of processes the same batch size is another batch.
     return {
         "base_model": plan.base.name,
+        "base_weights": weights_digest(plan.base),
         "settings": {**plan.settings(), "processes": world.size},
         "pictures": fingerprint(examples),
     }

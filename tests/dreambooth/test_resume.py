@@ -78,3 +78,26 @@ def test_settings_that_one_side_does_not_know_are_differences() -> None:
         "new": ("nothing", 2),
         "old": (1, "nothing"),
     }
+
+
+def test_another_base_model_under_the_same_name_is_another_one() -> None:
+    state = saved()
+    for manifest, asked, refused in (("aa", "bb", True), ("aa", "aa", False), (None, "bb", False)):
+        before = Saved(state.folder, {**state.manifest, "base_weights": manifest})
+        settings = {**ASKED, "base_weights": asked}
+        if not refused:
+            assert choose_beginning(before, settings, TrainConfig()).saved is before
+            continue
+        with pytest.raises(ConfigError, match="does not fit another base_weights: put it back"):
+            choose_beginning(before, settings, TrainConfig(allow_changes=True))
+
+
+@pytest.mark.parametrize("unet_steps", [0, 2, 5])
+def test_a_run_cannot_end_before_the_step_it_is_at(unet_steps: int) -> None:
+    steps = {"text_encoder_steps": 2, "unet_steps": 9}
+    state = saved(**steps)
+    asked = {**ASKED, "settings": {**ASKED["settings"], **steps, "unet_steps": unet_steps}}  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match="step 7 is done and the run would end at"):
+        choose_beginning(state, asked, TrainConfig(allow_changes=True))
+    asked["settings"]["unet_steps"] = 6  # type: ignore[index]
+    assert choose_beginning(state, asked, TrainConfig(allow_changes=True)).saved is state

@@ -270,6 +270,31 @@ def test_pictures_of_several_shapes_are_trained(tmp_path: Path) -> None:
     assert len(train(workspace, prior_preservation=False).metrics) == 4
 
 
+def test_other_class_pictures_than_the_run_began_with_are_noticed(
+    workspace: drive.Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"prior_preservation": True, "class_prompt": "a star", "num_class_images": 2}
+    settings |= {"checkpoint_every": 1, "unet_steps": 4}
+    step = loop.StageLoop.step
+
+    def until(self: loop.StageLoop, world: Any) -> None:
+        if self.stage.first_step + self.update == 3:
+            raise KeyboardInterrupt
+        step(self, world)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.StageLoop, "step", until)
+        with pytest.raises(KeyboardInterrupt):
+            train(workspace, **settings)
+    picture = sorted(open_session(workspace, SESSION).class_images_dir.glob("*.png"))[0]
+    drawn = picture.read_bytes()
+    Image.new("RGB", (64, 64), "red").save(picture)
+    with pytest.raises(ConfigError, match="are not those that the run began with; put them back"):
+        train(workspace, **settings)
+    picture.write_bytes(drawn)
+    assert len(train(workspace, **settings).metrics) == 6
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("optimizer", {"optimizer": "adma"}, "adma"),
     ("rank", {"method": "lora", "lora_rank": 0}, "lora_rank is 0"),
