@@ -7,12 +7,14 @@ Both round to the nearest number, ties to even.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from colabtools.checkpoints.headers import DTYPE_BYTES, one_line
 from colabtools.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     import numpy as np
 
 __all__ = ["cast_bytes", "identity_bytes", "transposed_bytes"]
@@ -26,6 +28,9 @@ _TORCH = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
+_CHUNK_ITEMS = 2**18
+# Whole numbers of so many bytes, as `memoryview` calls them.
+_WORDS: Mapping[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _ONES = {"BF16": b"\x80\x3f", "F16": b"\x00\x3c", "F32": b"\x00\x00\x80\x3f"}
 
 
@@ -84,12 +89,14 @@ def _round_to_bfloat16(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, An
     return rounded, bool(finite)
 
 
-def transposed_bytes(data: memoryview, dtype: str, shape: tuple[int, ...]) -> memoryview:
-    """Return the bytes of the transposed matrix; `shape` is what it has before."""
-    import numpy as np
-
-    matrix = np.frombuffer(data, f"u{DTYPE_BYTES[dtype]}").reshape(shape)
-    return np.ascontiguousarray(matrix.T).view(np.uint8).reshape(-1).data
+def transposed_bytes(data: memoryview, dtype: str, shape: tuple[int, ...]) -> Iterator[memoryview]:
+    """Return the bytes of the transposed matrix in chunks; `shape` is what it has before."""
+    rows, columns = shape
+    items = data.cast(_WORDS[DTYPE_BYTES[dtype]])
+    together = max(1, _CHUNK_ITEMS // max(rows, 1))
+    for first in range(0, columns, together):
+        block = range(first, min(first + together, columns))
+        yield memoryview(b"".join(items[column::columns].tobytes() for column in block))
 
 
 def identity_bytes(width: int, dtype: str) -> memoryview:

@@ -112,8 +112,10 @@ def target_bytes(target: Target, readers: Readers) -> Iterator[memoryview]:
     if target.fill:
         yield identity_bytes(target.shape[0], target.dtype)
     elif target.transpose:
-        data = b"".join(map(bytes, _piece_bytes(target, target.pieces[0], readers)))
-        yield transposed_bytes(memoryview(data), target.dtype, target.shape[::-1])
+        data = bytearray()
+        for chunk in _piece_bytes(target, target.pieces[0], readers):
+            data += chunk
+        yield from transposed_bytes(memoryview(data), target.dtype, target.shape[::-1])
     else:
         for piece in target.pieces:
             yield from _piece_bytes(target, piece, readers)

@@ -82,7 +82,7 @@ _FOREIGN_STARTS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """Where a tensor's bytes are: `path`, from `begin` up to `end`, row-major, little-endian.
 

@@ -68,14 +68,21 @@ class Unplaced:
         return self._hidden if self._named else Path(f"/proc/self/fd/{self.descriptor}")
 
     def reserve(self, size_bytes: int) -> None:
-        """Take the room at once, so that a full disk is known before an hour of copying.
+        """Take the room at once where that is cheap, else see that it is there.
+
+        So a full disk is known before an hour of copying.
 
         Raises:
             OSError: there is not enough.
         """
-        # Where the file system cannot, the C library would write a byte to each block.
-        if size_bytes and not self._named and hasattr(os, "posix_fallocate"):
+        on_disk = os.major(os.fstat(self.descriptor).st_dev) != 0
+        if size_bytes and on_disk and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self.descriptor, 0, size_bytes)
+            return
+        # In memory it takes as long as the copying; behind a network it would write to each block.
+        room = os.fstatvfs(self.descriptor)
+        if room.f_blocks and room.f_bavail * room.f_frsize < size_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def place(self, target: Path) -> None:
         """Give the file its name, in the place of an older one of that name.

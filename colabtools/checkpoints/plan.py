@@ -46,7 +46,7 @@ _FLOATS = frozenset({"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
 _PUBLISHED_SHARE = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """The bytes of a source tensor from `begin` up to `end`, counted from its own first."""
 
@@ -55,7 +55,7 @@ class Piece:
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Target:
     """A tensor of the output.
 

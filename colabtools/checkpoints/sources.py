@@ -56,7 +56,7 @@ _DTYPE_CODES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LiveTensor:
     """A tensor that is in memory, or made when its turn comes.
 

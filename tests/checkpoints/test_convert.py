@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from colabtools.checkpoints import description, folder_files
@@ -184,6 +188,45 @@ def test_every_spelling_of_the_libraries_gives_the_same_bytes(
             respell(folder, "vae", old_vae if spelling else str)
             results.add(convert(folder, tmp_path / f"{kind}.safetensors").files[0].sha256)
         assert len(results) == 1
+
+
+SAVE_AGAIN = """
+import sys
+import transformers
+folder, name, version = sys.argv[1:]
+assert transformers.__version__.startswith(version), transformers.__version__
+loaded = getattr(transformers, name).from_pretrained(folder)
+# What was loaded is saved as it was; what was made here, as this version does.
+made = type(loaded)(loaded.config)
+made.load_state_dict(loaded.state_dict())
+made.save_pretrained(folder, safe_serialization=True)
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+def test_folders_that_old_and_new_transformers_save_give_the_same_bytes(
+    model: ModelOf, tmp_path: Path, kind: str
+) -> None:
+    """It installs transformers 4.54.1 with what that needs older, beside the installed rest."""
+    old = tmp_path / "old"
+    packages = ("transformers==4.54.1", "tokenizers==0.21.4", "huggingface_hub==0.34.4")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(old)]
+    subprocess.run([*pip, *packages], check=True)
+    whole = convert(model(kind), tmp_path / "m.safetensors").files[0]
+    digests = set()
+    for version, path in (("4.54", str(old)), (transformers.__version__, "")):
+        folder = tmp_path / version
+        back(whole.path, folder, model(kind))
+        for part, name in (("text_encoder", "CLIPTextModel"),
+                           ("text_encoder_2", "CLIPTextModelWithProjection")):  # fmt: skip
+            if (folder / part).is_dir():
+                argv = [sys.executable, "-c", SAVE_AGAIN, str(folder / part), name, version]
+                subprocess.run(argv, check=True, env={**os.environ, "PYTHONPATH": path})
+        names = set(read_safetensors_header(part_file(folder, "text_encoder")).tensors)
+        assert ("text_model.final_layer_norm.bias" in names) == (version == "4.54")
+        digests.add(convert(folder, tmp_path / "again.safetensors").files[0].sha256)
+    assert len(digests) == 1
 
 
 def test_position_numbers_of_old_text_encoders_are_left_out(sd1: Path, tmp_path: Path) -> None:

@@ -101,13 +101,19 @@ def test_a_disk_that_fills_up_leaves_the_old_file(
     assert target.read_bytes() == b"the old model"
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
 def test_a_disk_that_is_too_small_is_known_before_anything_is_copied(
-    targets: list[Target], target: Path, monkeypatch: pytest.MonkeyPatch
+    targets: list[Target], target: Path, monkeypatch: pytest.MonkeyPatch, on_disk: bool
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def little(descriptor: int) -> os.statvfs_result:
+        return os.statvfs_result((4096, 4096, 10**9, 7000, 7000, 0, 0, 0, 0, 255))
+
     monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "fstatvfs", little)
+    monkeypatch.setattr(os, "major", lambda _: int(on_disk))
     monkeypatch.setattr(copying.Copier, "literal", lambda *_: pytest.fail("it was written to"))
     with pytest.raises(WorkspaceError, match="No space left .*free some room") as why:
         write_file(target, targets, {})

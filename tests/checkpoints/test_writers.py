@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from colabtools.checkpoints import writers
+from colabtools.checkpoints import casting, writers
 from colabtools.checkpoints.casting import cast_bytes, identity_bytes, transposed_bytes
 from colabtools.checkpoints.output import write_file
 from colabtools.checkpoints.plan import plan_plain
@@ -197,10 +197,11 @@ def test_numbers_that_do_not_fit_are_found_without_torch_as_well(
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-def test_matrices_are_turned_and_made(dtype: str) -> None:
+def test_matrices_are_turned_and_made(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(casting, "_CHUNK_ITEMS", 7)
     matrix = torch.arange(12.0).reshape(3, 4).to(TORCH[dtype])
     data = memoryview(matrix.view(torch.uint8).numpy().tobytes())
-    turned = transposed_bytes(data, dtype, (3, 4)).tobytes()
+    turned = b"".join(transposed_bytes(data, dtype, (3, 4)))
     assert turned == matrix.t().contiguous().view(torch.uint8).numpy().tobytes()
     eye = torch.eye(5, dtype=TORCH[dtype]).view(torch.uint8).numpy().tobytes()
     assert identity_bytes(5, dtype).tobytes() == eye

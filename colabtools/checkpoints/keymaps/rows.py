@@ -11,7 +11,7 @@ __all__ = ["Row", "Segment", "load_rows"]
 _MAPS = Path(__file__).parent / "maps"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A part of a single-file tensor along its first dimension, and the folder's tensor there.
 
@@ -30,7 +30,7 @@ class Segment:
     transpose: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One tensor of the single file.
 
