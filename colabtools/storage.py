@@ -117,20 +117,23 @@ def atomic_path(
             temporary.unlink(missing_ok=True)
 
 
-def remove_parts(path: str | os.PathLike[str]) -> None:
+def remove_parts(path: str | os.PathLike[str], *, older_than_s: float = 0.0) -> None:
     """Remove what a killed process left of its temporary files beside a path, or in a folder.
 
     Only for the one who may write there: another's write under way would be lost.
 
     Args:
         path: a file, whose own temporary files go; or a folder, where all go.
+        older_than_s: leave what was written to later than so many seconds ago.
     """
     place = Path(path)
+    latest = time.time() - older_than_s
     folder = place if place.is_dir() else place.parent
     with suppress(OSError):
         for found in list(folder.iterdir()):
             part = _PART.fullmatch(found.name)
-            if part and (folder == place or part["name"] == place.name[:_PART_NAME_LENGTH]):
+            ours = part and (folder == place or part["name"] == place.name[:_PART_NAME_LENGTH])
+            if ours and (not older_than_s or found.stat().st_mtime < latest):
                 found.unlink(missing_ok=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from colabtools import storage
+from colabtools.dreambooth import lease
 
 
 class FlakyFolder:
@@ -85,7 +87,8 @@ def flaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FlakyFolder:
         SimpleNamespace(mountpoint=str(folder.root), fstype="fuse.drive"),
     ]
     monkeypatch.setattr(psutil, "disk_partitions", lambda *, all: mounts)  # noqa: A006
-    monkeypatch.setattr(storage, "time", SimpleNamespace(sleep=folder.slept.append))
+    monkeypatch.setattr(storage, "time", SimpleNamespace(sleep=folder.slept.append, time=time.time))
+    monkeypatch.setattr(lease, "_TIMING", lease.Timing(settle_s=0.001))
     monkeypatch.setattr(io, "open", _opening(folder, io.open))
     for name, kind in (("replace", "rename"), ("rename", "rename"), ("mkdir", "mkdir")):
         monkeypatch.setattr(os, name, _checked(folder, kind, getattr(os, name)))

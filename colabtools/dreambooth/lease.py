@@ -172,7 +172,7 @@ _guard = threading.Lock()
 
 @contextmanager
 def hold(
-    folder: Path, verb: str, *, take_over: bool = False, timing: Timing = _TIMING
+    folder: Path, verb: str, *, take_over: bool = False, timing: Timing | None = None
 ) -> Iterator[Lease]:
     """Keep the right to write to a session while the block runs.
 
@@ -198,7 +198,7 @@ def hold(
             held.depth -= 1
         return
     with _machine_lock(folder):
-        lease = _acquire(folder, verb, take_over, timing)
+        lease = _acquire(folder, verb, take_over, timing or _TIMING)
         with _guard:
             _held[key] = _Held(lease, os.getpid(), threading.get_ident())
         try:
