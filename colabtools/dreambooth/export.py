@@ -40,10 +40,20 @@ def export(workspace: Workspace, session_name: str, config: ExportConfig) -> lis
 
     Raises:
         CheckpointError: the session has no trained weights, or is not a Stable Diffusion 1.x.
+        SessionBusyError: another runtime is writing to the session.
         SessionError: there is no such session.
         WorkspaceError: there is not enough room.
     """
     session = open_session(workspace, session_name)
+    with session.writing("export"):
+        written = _write_files(workspace, session, config)
+    # Drive is let go by this, so that the session must not be held any more.
+    if config.disconnect:
+        _disconnect(session.folder)
+    return written
+
+
+def _write_files(workspace: Workspace, session: Session, config: ExportConfig) -> list[WrittenFile]:
     weights = latest_trained(session)
     pipeline = load_trained_pipeline(weights)
     tensors = assemble_sd1(
@@ -67,8 +77,6 @@ def export(workspace: Workspace, session_name: str, config: ExportConfig) -> lis
         )
     digests = {file.path.name: file.sha256 for file in written}
     session.add_run({"verb": "export", "step": weights.step, **asdict(config), "sha256": digests})
-    if config.disconnect:
-        _disconnect(session.folder)
     return written
 
 
