@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 from colabtools.dreambooth.editing import list_captions, read_caption, write_caption
@@ -53,11 +54,10 @@ class CaptionEditor:
         kit = frame.toolkit()
         self._session = session
         self._entries = list_captions(session)
-        self._burst = frame.Burst(session, "edit captions")
+        self._saving = threading.Lock()
         self._texts: dict[int, _Text] = {}
         self._at = -1
         self._strip = frame.Strip([entry.picture for entry in self._entries], self.select)
-        self._title = kit.HTML()
         self._large = kit.Image(format="png")
         self._large.layout.object_fit = "contain"
         self._large.layout.height = self._large.layout.max_width = f"{_LARGE_PX}px"
@@ -69,7 +69,7 @@ class CaptionEditor:
         middle = kit.HBox([self._large, self._place])
         middle.layout.flex_flow = "row wrap"
         row = kit.HBox([self._previous, self._next, keys])
-        self.form = kit.VBox([self._strip.box, self._title, middle, row])
+        self.form = kit.VBox([self._strip.box, middle, row])
         self.form.add_class("colabtools-captions")
         self.select(0)
 
@@ -100,11 +100,11 @@ class CaptionEditor:
         self._at = index
         picture = self._entries[index].picture
         if index not in self._texts:
-            entry = self._entries[index]
-            self._texts[index] = _Text(self._session, entry, self._burst, self._mark)
-        self._title.value = frame.title(f"{index + 1} of {len(self._entries)}: {picture.name}")
+            text = _Text(self._session, self._entries[index], self._saving, self._mark)
+            text.title.value = frame.title(f"{index + 1} of {len(self._entries)}: {picture.name}")
+            self._texts[index] = text
         self._large.value = frame.picture_bytes(picture, _LARGE_PX)
-        self._place.children = (self.text, self._texts[index].state)
+        self._place.children = (self._texts[index].box,)
         self._previous.disabled = index == 0
         self._next.disabled = index == len(self._entries) - 1
         self._mark()
@@ -121,14 +121,14 @@ class _Text:
     """The words of one picture: where they are typed, and what became of them."""
 
     def __init__(
-        self, session: Session, entry: Captioned, burst: frame.Burst, saved: Callable[[], None]
+        self, session: Session, entry: Captioned, saving: threading.Lock, saved: Callable[[], None]
     ) -> None:
         kit = frame.toolkit()
         self.problem = entry.problem
         self.later = frame.Later(self._save, _PAUSE_S)
         self._session = session
         self._picture = entry.picture
-        self._burst = burst
+        self._saving = saving
         self._saved = saved
         self._on_disk = entry.caption
         self.area = kit.Textarea(
@@ -139,16 +139,24 @@ class _Text:
         self.area.layout.width = "95%"
         self.area.observe(self._typed, "value")
         self.state = kit.HTML()
+        # In one box, so that a page never shows one picture's name above another's words.
+        self.title = kit.HTML()
+        self.box = kit.VBox([self.title, self.area, self.state])
         if self.problem in ("", "missing", "empty"):
             self._tell(self.problem and f"caption {self.problem}")
         else:
-            self.state.value = frame.note(self.problem, good=False)
+            self.state.value = frame.note(self.problem, "failed")
 
     def _typed(self, _change: object) -> None:
-        self.state.value = frame.note("not saved yet")
+        self.state.value = frame.note("not saved yet", "waiting")
         self.later.poke()
 
     def _save(self) -> None:
+        """Save what was typed; two threads that save would shut each other out."""
+        with self._saving:
+            self._save_alone()
+
+    def _save_alone(self) -> None:
         """Save what was typed, unless someone else changed the file since it was read."""
         typed = self.area.value
         try:
@@ -158,13 +166,12 @@ class _Text:
                 self.state.value = frame.note(
                     f"not saved: the file was changed elsewhere and holds {now!r}; "
                     "change your text once more to replace that",
-                    good=False,
+                    "failed",
                 )
                 return
-            with self._burst:
-                self._on_disk = write_caption(self._session, self._picture, typed)
+            self._on_disk = write_caption(self._session, self._picture, typed)
         except ColabToolsError as error:
-            self.state.value = frame.note(f"not saved: {error}", good=False)
+            self.state.value = frame.note(f"not saved: {error}", "failed")
             return
         self.problem = "" if self._on_disk else "empty"
         self._tell("saved")
@@ -177,4 +184,4 @@ class _Text:
     def _tell(self, what: str) -> None:
         """Show what the file holds, so that nobody has to believe a word like "saved"."""
         holds = f"the file holds: {self._on_disk}" if self._on_disk else "the file holds no words"
-        self.state.value = frame.note(f"{what}; {holds}" if what else holds, good=True)
+        self.state.value = frame.note(f"{what}; {holds}" if what else holds, "done")

@@ -6,8 +6,8 @@ import asyncio
 import html
 import io
 import sys
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+import threading
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from colabtools import env
 from colabtools.errors import ImageError, MissingDependencyError
@@ -17,12 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from colabtools.dreambooth.session import Session
-
 __all__ = [
-    "Burst",
     "Later",
     "Strip",
+    "Tone",
     "button",
     "is_watched",
     "note",
@@ -34,6 +32,13 @@ __all__ = [
 
 _SLOTS = 8
 _SMALL_PX = 96
+_TONES = {
+    "asked": ("?", "#b06000"),
+    "done": ("✓", "#137333"),
+    "failed": ("✗", "#b3261e"),
+    "waiting": ("…", "#5f6368"),
+}
+Tone: TypeAlias = Literal["asked", "done", "failed", "waiting"]
 _WATCHED = (env.Place.COLAB, env.Place.JUPYTER)
 
 # One listener for a page, however often cells run. A key clicks the button of its name in the form
@@ -91,9 +96,9 @@ def show(form: Any) -> None:
     display.display(display.Javascript(_KEYS))  # type: ignore[no-untyped-call,unused-ignore]
 
 
-def note(text: str, *, good: bool | None = None) -> str:
-    """A line of HTML for a person: done, failed, or under way; read aloud by screen readers."""
-    mark, color = {True: ("✓", "#137333"), False: ("✗", "#b3261e"), None: ("…", "#5f6368")}[good]
+def note(text: str, tone: Tone) -> str:
+    """A line of HTML for a person, which screen readers say when it changes."""
+    mark, color = _TONES[tone]
     return f'<span role="status" style="color: {color}">{mark} {html.escape(text)}</span>'
 
 
@@ -175,6 +180,9 @@ class Strip:
 class Later:
     """An act that waits for a pause in the typing; without a running event loop it waits for none.
 
+    What a page sends may be handled in another thread each time, so no timer is ever taken back;
+    one that is not the last finds its turn over.
+
     Attributes:
         waiting: whether the act is still to come.
     """
@@ -183,67 +191,29 @@ class Later:
         self.waiting = False
         self._act = act
         self._delay_s = delay_s
-        self._timer: asyncio.TimerHandle | None = None
+        self._turn = 0
+        self._lock = threading.Lock()
 
     def poke(self) -> None:
         """Act once nothing was poked for a while."""
-        self.cancel()
-        self.waiting = True
+        with self._lock:
+            self.waiting = True
+            self._turn += 1
+            turn = self._turn
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             self.flush()
             return
-        self._timer = loop.call_later(self._delay_s, self.flush)
+        loop.call_later(self._delay_s, self._take_turn, turn)
+
+    def _take_turn(self, turn: int) -> None:
+        if turn == self._turn:
+            self.flush()
 
     def flush(self) -> None:
         """Act now, if the act is still to come."""
-        if self.waiting:
-            self.cancel()
+        with self._lock:
+            waiting, self.waiting = self.waiting, False
+        if waiting:
             self._act()
-
-    def cancel(self) -> None:
-        """Do not act."""
-        self.waiting = False
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
-class Burst:
-    """The right to write to a session, kept for some seconds after each use.
-
-    On Google Drive taking it costs seconds, which a person who edits should wait for once.
-    """
-
-    def __init__(self, session: Session, verb: str, idle_s: float = 20.0) -> None:
-        self._session = session
-        self._verb = verb
-        self._held: ExitStack | None = None
-        self._release = Later(self.close, idle_s)
-
-    def __enter__(self) -> None:
-        """Take the right, if it is not still kept.
-
-        Raises:
-            SessionBusyError: another runtime is writing to the session.
-        """
-        self._release.cancel()
-        if self._held is None:
-            held = ExitStack()
-            held.enter_context(self._session.writing(self._verb))
-            self._held = held
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Give it back a while from now, and after a failure at once."""
-        if kind is None:
-            self._release.poke()
-        else:
-            self.close()
-
-    def close(self) -> None:
-        """Give it back now."""
-        self._release.cancel()
-        held, self._held = self._held, None
-        if held is not None:
-            held.close()

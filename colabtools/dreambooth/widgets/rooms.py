@@ -51,7 +51,7 @@ class SpaceManager:
         row = kit.HBox([self.measure_button, self.free_button, self.yes_button, self.no_button])
         self.form = kit.VBox([kit.HTML(frame.title("Space")), self.list, row, self._state])
         self.form.add_class("colabtools-space")
-        self._ready("measure to see what takes room", None)
+        self._ready("measure to see what takes room", "waiting")
 
     @property
     def state(self) -> str:
@@ -64,18 +64,18 @@ class SpaceManager:
             self._list()
             free = size_text(self._workspace.free_bytes())
         except ColabToolsError as error:
-            self._ready(str(error), False)
+            self._ready(str(error), "failed")
             return
-        self._ready(f"{free} free; pick what may go (several with Ctrl or Shift)", True)
+        self._ready(f"{free} free; pick what may go (several with Ctrl or Shift)", "done")
 
     def ask(self) -> None:
         """Say what would go and ask for the second word; nothing goes yet."""
         self._asked = tuple(self._items[index] for index in self.list.value)
         if not self._asked:
-            self._ready("nothing is picked", None)
+            self._ready("nothing is picked", "waiting")
             return
         self._state.value = frame.note(
-            "to be removed: " + "; ".join(item.line() for item in self._asked), good=False
+            "to be removed: " + "; ".join(item.line() for item in self._asked), "asked"
         )
         self._switch(asking=True)
 
@@ -84,19 +84,20 @@ class SpaceManager:
         asked, self._asked = self._asked, ()
         if not asked:
             return
+        tone: frame.Tone = "done"
         try:
-            told, good = free_items(self._workspace, asked).line(), True
+            told = free_items(self._workspace, asked).line()
         except ColabToolsError as error:
-            told, good = str(error), False
+            told, tone = str(error), "failed"
         try:
             self._list()
         except ColabToolsError as error:
-            told, good = f"{told}; {error}", False
-        self._ready(told, good)
+            told, tone = f"{told}; {error}", "failed"
+        self._ready(told, tone)
 
     def keep(self) -> None:
         """Remove nothing."""
-        self._ready("nothing was removed", True)
+        self._ready("nothing was removed", "done")
 
     def _picked(self, _change: object) -> None:
         # The second word is for what was shown, not for what is picked later.
@@ -108,9 +109,9 @@ class SpaceManager:
         self.list.value = ()
         self.list.options = [(item.line(), index) for index, item in enumerate(self._items)]
 
-    def _ready(self, text: str, good: bool | None) -> None:
+    def _ready(self, text: str, tone: frame.Tone) -> None:
         self._asked = ()
-        self._state.value = frame.note(text, good=good)
+        self._state.value = frame.note(text, tone)
         self._switch(asking=False)
 
     def _switch(self, *, asking: bool) -> None:

@@ -79,7 +79,7 @@ class SessionPicker:
         try:
             found = list_sessions(self._workspace)
         except ColabToolsError as error:
-            self._state.value = frame.note(str(error), good=False)
+            self._state.value = frame.note(str(error), "failed")
             return
         name = self.choice.name
         self._listing = True  # new options choose the first of them by themselves
@@ -100,7 +100,7 @@ class SessionPicker:
         try:
             name = clean_name(text)
         except SessionError as error:
-            self._state.value = frame.note(f"{error}; still {self.choice.name!r}", good=False)
+            self._state.value = frame.note(f"{error}; still {self.choice.name!r}", "failed")
             return
         self.choice.name = name
         self.listed.value = name if name in self._names else None
@@ -110,4 +110,4 @@ class SessionPicker:
         name = self.choice.name
         what = "chosen" if name in self._names else "new, the next step makes it"
         told = f"session {name!r} ({what}); the steps below work on it"
-        self._state.value = frame.note(f"{told}. {remark}" if remark else told, good=True)
+        self._state.value = frame.note(f"{told}. {remark}" if remark else told, "done")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -118,25 +119,28 @@ def test_a_pause_in_typing_saves_once(session: Session, monkeypatch: pytest.Monk
         editor.text.value = "and more"
         editor.next()
         assert saved == ["a shiny", "and more"]
-        editor._burst.close()
 
     asyncio.run(type_in())
     assert stored(session, 0) == "and more\n"
 
 
-def test_the_right_to_write_is_kept_for_a_burst_and_given_back(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def type_in() -> None:
-        editor = CaptionEditor(session)
-        editor._burst._release._delay_s = 0.2
-        editor.text.value = "a"
-        editor.next()
-        assert find_holders(session.folder)
-        await asyncio.sleep(0.5)
-        assert not find_holders(session.folder)
-
-    asyncio.run(type_in())
+def test_two_pictures_saved_by_two_threads_wait_for_each_other(session: Session) -> None:
+    editor = CaptionEditor(session)
+    first = editor.text
+    editor.next()
+    second = editor.text
+    words = [f"number {number}" for number in range(20)]
+    threads = [
+        threading.Thread(target=lambda area=area: [setattr(area, "value", w) for w in words])
+        for area in (first, second)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [stored(session, number) for number in (0, 1)] == ["number 19\n"] * 2
+    assert "✓ saved" in editor.state
+    assert not find_holders(session.folder)
 
 
 def test_a_failure_is_shown_and_the_old_text_stays(
