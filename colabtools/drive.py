@@ -10,6 +10,7 @@ import errno
 import os
 import secrets
 import shutil
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,7 +75,9 @@ class Workspace:
             WorkspaceError: the folder is gone.
         """
         try:
-            return shutil.disk_usage(self.root).free
+            usage = shutil.disk_usage(self.root)
+            # Some mounts know no sizes; writing will tell.
+            return usage.free if usage.total else sys.maxsize
         except OSError as error:
             raise workspace_error("measure the free room of", self.root, error) from error
 

@@ -145,6 +145,14 @@ def test_enough_space_passes_and_too_little_says_how_much(tmp_path: Path) -> Non
     assert why.value.errno == errno.ENOSPC
 
 
+def test_a_mount_that_knows_no_sizes_refuses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = types.SimpleNamespace(total=0, used=0, free=0)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: unknown)
+    Workspace(tmp_path).ensure_space(10**15, "SDXL")
+
+
 def test_the_space_of_a_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(WorkspaceError, match="still mounted"):
         Workspace(tmp_path / "gone").free_bytes()

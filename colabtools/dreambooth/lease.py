@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 __all__ = ["Lease", "Timing", "ensure_held", "hold"]
 
 _DYING_S = 3.0
+_CHANCES = 20
+# A Drive that hangs must not keep a run from ending.
+_LONGEST_STOP_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +96,17 @@ class Lease:
     def write(self) -> None:
         """Put the claim where others see it."""
         claims = self._path.parent
-        # One by one: a Drive that is no longer mounted must not be made up.
-        for place in (*reversed(claims.parents[:3]), claims):
-            place.mkdir(exist_ok=True)
-        self._path.write_bytes(claim_bytes(self.claim))
+        for chance in range(_CHANCES):
+            try:
+                # One by one: a Drive that is no longer mounted must not be made up.
+                for place in (*reversed(claims.parents[:3]), claims):
+                    place.mkdir(exist_ok=True)
+                self._path.write_bytes(claim_bytes(self.claim))
+                return
+            except (FileExistsError, FileNotFoundError):
+                # The last one out of another session removes the folder of all claims.
+                if chance == _CHANCES - 1:
+                    raise
 
     def start(self) -> None:
         """Begin to keep it."""
@@ -106,7 +116,7 @@ class Lease:
         """Give it back."""
         self._stop.set()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(_LONGEST_STOP_S)
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
         # The last one out; another's claim keeps the folder.

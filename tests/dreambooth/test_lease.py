@@ -360,3 +360,22 @@ def test_a_claim_that_cannot_be_written_is_a_typed_error(flaky: Any, number: int
     assert why.value.errno == number
     flaky.recover()
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_many_sessions_are_held_and_let_go_at_once(folder: Path) -> None:
+    def work(name: str) -> None:
+        try:
+            for _ in range(60):
+                with hold(folder.with_name(name), "train"):
+                    pass
+        except WorkspaceError as error:
+            failures.append(error)
+
+    failures: list[WorkspaceError] = []
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert list(folder.parent.iterdir()) == [folder]
