@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 from PIL import Image
 
 from colabtools.dreambooth.archive import Bounds
+from colabtools.dreambooth.lease import hold
 from colabtools.dreambooth.session import Session, create_session, open_session
 from colabtools.dreambooth.shelf import show_session
 from colabtools.dreambooth.transfer import export_session, import_session
 from colabtools.drive import Workspace
-from colabtools.errors import SessionError, StorageFullError, WorkspaceError
+from colabtools.errors import SessionBusyError, SessionError, StorageFullError, WorkspaceError
 
 
 @pytest.fixture
@@ -101,7 +103,9 @@ def test_the_same_session_makes_the_same_zip(workspace: Workspace, tmp_path: Pat
     copy.rename(session.folder)
     two = export_session(workspace, "dog", tmp_path / "two.zip").path
     assert hashlib.sha256(one.read_bytes()).digest() == hashlib.sha256(two.read_bytes()).digest()
-    assert all(info.compress_type == 0 for info in zipfile.ZipFile(one).infolist())
+    infos = zipfile.ZipFile(one).infolist()
+    assert {(info.compress_type, info.external_attr >> 16) for info in infos} == {(0, 0o100644)}
+    assert [info.filename for info in infos] == sorted(info.filename for info in infos)
 
 
 def test_a_folder_is_imported_and_only_read(workspace: Workspace, tmp_path: Path) -> None:
@@ -327,3 +331,30 @@ def test_what_a_killed_import_left_goes_with_the_next(workspace: Workspace, tmp_
     source = old_session(tmp_path / "dog", "dog")
     assert contents(import_session(workspace, source).session.folder) == contents(source)
     assert leftovers(workspace) == []
+
+
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_a_session_that_another_writes_to_neither_comes_nor_goes(
+    workspace: Workspace, tmp_path: Path, verb: str
+) -> None:
+    session = make_session(workspace)
+    source = old_session(tmp_path / "cat", "cat")
+    held = session.folder if verb == "export" else session.folder.with_name("cat")
+    said: list[SessionBusyError] = []
+
+    def attempt() -> None:
+        try:
+            if verb == "export":
+                export_session(workspace, "dog")
+            else:
+                import_session(workspace, source)
+        except SessionBusyError as error:
+            said.append(error)
+
+    with hold(held, "train"):
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+    assert len(said) == 1
+    assert not (workspace.root / "dog.zip").exists()
+    assert not (workspace.sessions_dir / "cat").exists()

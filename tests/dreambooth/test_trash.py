@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from colabtools.dreambooth.session import create_session, open_session, session_
 from colabtools.dreambooth.transfer import import_session
 from colabtools.dreambooth.trash import Emptied, delete_session, empty_trash
 from colabtools.drive import Workspace
-from colabtools.errors import SessionError, WorkspaceError
+from colabtools.errors import SessionBusyError, SessionError, WorkspaceError
 
 
 @pytest.fixture
@@ -82,8 +83,6 @@ def test_what_killed_imports_left_goes_but_not_that_of_one_under_way(workspace: 
     for name in ("dead", "alive"):
         (workspace.sessions_dir / ".incoming" / name).mkdir(parents=True)
         (workspace.sessions_dir / ".incoming" / name / "a").write_bytes(b"123")
-    import threading
-
     said: list[Emptied] = []
     with hold(workspace.sessions_dir / "alive", "import"):
         thread = threading.Thread(target=lambda: said.append(empty_trash(workspace)))
@@ -134,3 +133,21 @@ def test_a_trash_that_cannot_be_emptied_is_told(flaky: Any) -> None:
         empty_trash(workspace)
     flaky.recover()
     assert empty_trash(workspace).sessions == 1
+
+
+def test_a_session_that_another_writes_to_is_not_deleted(workspace: Workspace) -> None:
+    folder = make(workspace)
+    said: list[SessionBusyError] = []
+
+    def attempt() -> None:
+        try:
+            delete_session(workspace, "dog")
+        except SessionBusyError as error:
+            said.append(error)
+
+    with hold(folder, "train"):
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+    assert len(said) == 1
+    assert (folder / "session.json").is_file()
