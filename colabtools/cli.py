@@ -194,7 +194,8 @@ def _open_workspace(path: str) -> Iterator[drive.Workspace]:
     try:
         yield workspace
     except BaseException:
-        if not existed:
+        # Of a place in Drive, whose path is another than the text, nothing is taken away.
+        if not existed and workspace.root == Path(path).expanduser().absolute():
             with suppress(OSError):
                 workspace.root.rmdir()
         raise
@@ -213,6 +214,8 @@ def _session_list(workspace: drive.Workspace, args: argparse.Namespace) -> objec
     found = list_sessions(workspace)
     if args.json:
         return _json([summary.as_json() for summary in found])
+    if not found:
+        report.get_logger(__name__).info("no sessions in %s", workspace.sessions_dir)
     return [summary.line() for summary in found]
 
 

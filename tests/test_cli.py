@@ -794,3 +794,20 @@ def test_google_drive_off_colab_is_refused_in_one_line(
     assert cli.main(["session", "list", "--workspace", "MyDrive"]) == 1
     assert "can be mounted on hosted Colab only; give a local folder" in capsys.readouterr().err
     assert list(folder.iterdir()) == []
+
+
+def test_an_empty_shelf_is_said_beside_the_results(folder: Path) -> None:
+    done = run_cli("session", "list")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "no sessions in" in done.stderr
+    assert json.loads(run_cli("session", "list", "--json").stdout) == []
+
+
+def test_an_empty_folder_in_drive_stays_when_a_command_fails(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "drive" / "art").mkdir(parents=True)
+    workspace = drive.Workspace(folder / "drive" / "art")
+    monkeypatch.setattr(drive, "mount", lambda place: workspace)
+    assert cli.main(["session", "show", "dog", "--workspace", "MyDrive/art"]) == 1
+    assert workspace.root.is_dir()

@@ -379,3 +379,46 @@ def test_many_sessions_are_held_and_let_go_at_once(folder: Path) -> None:
         thread.join()
     assert failures == []
     assert list(folder.parent.iterdir()) == [folder]
+
+
+# A runtime of its own: another machine, another temporary folder, a folder behind a network.
+RUNTIME = """
+import json, random, sys, time
+from pathlib import Path
+from colabtools.dreambooth import claims, lease
+from colabtools.errors import SessionBusyError
+folder, who, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+claims.machine_id = lease.machine_id = lambda: who
+lease.is_remote = lambda path: True
+timing = lease.Timing(beat_s=0.05, still_s=1.0, settle_s=0.1, poll_s=0.02)
+chance, held = random.Random(seed), []
+end_s = time.monotonic() + 4
+while time.monotonic() < end_s:
+    try:
+        with lease.hold(folder, "train", timing=timing):
+            start_s = time.monotonic()
+            time.sleep(chance.uniform(0.01, 0.1))
+            held.append((start_s, time.monotonic()))
+    except (SessionBusyError, KeyboardInterrupt):
+        pass
+    time.sleep(chance.uniform(0, 0.05))
+print(json.dumps(held))
+"""
+
+
+@pytest.mark.slow
+def test_three_machines_that_race_never_write_at_once(folder: Path, tmp_path: Path) -> None:
+    children = []
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        command = [sys.executable, "-c", RUNTIME, str(folder), f"machine {number}", str(number)]
+        environment = {**os.environ, "TMPDIR": str(tmp_path / str(number))}
+        children.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        )
+    held = [span for child in children for span in json.loads(child.communicate()[0])]
+    assert len(held) > 5
+    held.sort()
+    overlaps = [(a, b) for a, b in zip(held, held[1:], strict=False) if b[0] < a[1]]
+    assert overlaps == []
+    assert find_holders(folder) == ()
