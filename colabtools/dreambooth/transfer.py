@@ -80,7 +80,7 @@ def import_session(
 
     That is a session of ours, one of the established notebook (`instance_images/`, `captions/`,
     `<name>.ckpt`, its zips), or photos with their captions beside them; each of them directly or
-    in one folder more. Models that carry the source's name get the session's.
+    some folders down. Models that carry the source's name get the session's.
 
     Args:
         workspace: where the session will be.
@@ -95,8 +95,8 @@ def import_session(
     """
     place = Path(source).expanduser().absolute()
     with open_entries(place, bounds or Bounds()) as found:
-        top = _only_folder(found)
-        former = top or (place.name if place.is_dir() else place.stem)
+        top = _common_folder(found)
+        former = top.name or (place.name if place.is_dir() else place.stem)
         session_name = clean_name(name or former)
         session = Session(session_name, workspace.sessions_dir / session_name)
         chosen = _arrange(found, place, top)
@@ -154,14 +154,18 @@ def export_session(
     return Exported(path=path, files=len(digests), size_bytes=size)
 
 
-def _only_folder(entries: list[Entry]) -> str:
-    """The one folder that everything is in, empty if there is none or it is part of a session."""
-    tops = {entry.path.parts[0] if len(entry.path.parts) > 1 else "" for entry in entries}
-    top = tops.pop() if len(tops) == 1 else ""
-    return "" if top in _FOLDERS else top
+def _common_folder(entries: list[Entry]) -> PurePosixPath:
+    """The folders that everything is in, down to the first that is a part of a session."""
+    common: list[str] = []
+    parents = [entry.path.parent.parts for entry in entries]
+    for level in zip(*parents, strict=False):
+        if len(set(level)) > 1 or level[0] in _FOLDERS:
+            break
+        common.append(level[0])
+    return PurePosixPath(*common)
 
 
-def _arrange(entries: list[Entry], source: Path, top: str) -> dict[str, Entry]:
+def _arrange(entries: list[Entry], source: Path, top: PurePosixPath) -> dict[str, Entry]:
     """What is taken in, by the path that it has in the source, with the one in the session."""
     inside = {
         str(entry.path): replace(entry, path=entry.path.relative_to(top)) for entry in entries

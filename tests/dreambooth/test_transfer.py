@@ -120,13 +120,13 @@ def test_a_folder_is_imported_and_only_read(workspace: Workspace, tmp_path: Path
     assert after["cat.safetensors"] == before["dog.safetensors"]
 
 
-@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("wrapped", ["", "Rex!", "MyDrive/Fast-Dreambooth/Sessions/Rex!"])
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 def test_a_session_of_the_established_notebook_is_imported(
-    workspace: Workspace, tmp_path: Path, kind: str, wrapped: bool
+    workspace: Workspace, tmp_path: Path, kind: str, wrapped: str
 ) -> None:
     outer = tmp_path / "Rex!"
-    inner = old_session(outer / "Rex!" if wrapped else outer, "Rex!")
+    inner = old_session(outer / wrapped, "Rex!")
     source = zipped(outer, tmp_path / "Rex!.zip") if kind == "zip" else outer
     imported = import_session(workspace, source)
     assert (imported.asked, imported.session.name) == ("Rex!", "Rex")
