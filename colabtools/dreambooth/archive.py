@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+import struct
 import unicodedata
 import zipfile
 import zlib
@@ -40,6 +41,8 @@ _LITTER = frozenset({"__macosx", "desktop.ini", "thumbs.db"})
 _LARGEST_RATIO, _RATIO_FROM_BYTES = 200, 10 * 1000**2
 _METHODS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
 _ENCRYPTED = 0x1
+# In the list, an entry with a long name; the end of a zip with the longest remark.
+_ENTRY_BYTES, _TAIL_BYTES = 1024, 22 + 65535 + 20
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
 
@@ -84,12 +87,13 @@ def open_entries(source: Path, bounds: Bounds) -> Iterator[list[Entry]]:
             raise SessionError(f"{str(source)!r} does not exist; give a folder or a zip")
         if not source.is_file() or not zipfile.is_zipfile(source):
             raise SessionError(f"{str(source)!r} is neither a folder nor a zip; give one of them")
-        with zipfile.ZipFile(source) as archive:
+        if _directory_bytes(source) > 2 * bounds.files * _ENTRY_BYTES:
+            # Before it is read: the list alone may be made to fill the memory.
+            raise SessionError(_too_many(source, bounds))
+        with _open_zip(source) as archive:
             yield _checked(_entries_of_zip(archive, source, bounds), source, bounds)
     except _DAMAGE as error:
-        raise SessionError(
-            f"{str(source)!r} is damaged, or no zip that can be read ({error}); fetch it again"
-        ) from error
+        raise _damaged(source, error) from error
     except OSError as error:
         if isinstance(error, WorkspaceError):
             raise
@@ -178,6 +182,34 @@ def _opener(path: Path) -> Callable[[], IO[bytes]]:
     return opened
 
 
+def _open_zip(source: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(source)
+    except (ValueError, struct.error) as error:  # places and dates that cannot be
+        raise _damaged(source, error) from error
+
+
+def _directory_bytes(source: Path) -> int:
+    """The size of a zip's list of entries, as it says itself; `zipfile` reads no more than that.
+
+    Source: APPNOTE.TXT 6.3.10 of PKWARE, sections 4.3.14 to 4.3.16.
+    """
+    with source.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL_BYTES))
+        tail = file.read()
+        at = tail.rfind(b"PK\x05\x06")
+        locator = tail[max(0, at - 20) : at] if at >= 0 else b""
+        if locator[:4] == b"PK\x06\x07":
+            file.seek(min(size, struct.unpack_from("<Q", locator, 8)[0]))
+            record = file.read(56)
+            if record[:4] == b"PK\x06\x06" and len(record) == 56:
+                return int(struct.unpack_from("<Q", record, 40)[0])
+    if at < 0 or len(tail) < at + 22:
+        raise SessionError(f"{str(source)!r} is cut off; fetch it again")
+    return int(struct.unpack_from("<I", tail, at + 12)[0])
+
+
 def _entries_of_zip(archive: zipfile.ZipFile, source: Path, bounds: Bounds) -> Iterator[Entry]:
     infos = archive.infolist()
     if len(infos) > 2 * bounds.files:
@@ -213,8 +245,26 @@ def _entries_of_zip(archive: zipfile.ZipFile, source: Path, bounds: Bounds) -> I
         yield Entry(
             path=PurePosixPath(name),
             size_bytes=info.file_size,
-            open=lambda info=info: archive.open(info),  # type: ignore[misc]
+            open=_member(archive, info, source),
         )
+
+
+def _member(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo, source: Path
+) -> Callable[[], IO[bytes]]:
+    def opened() -> IO[bytes]:
+        try:
+            return archive.open(info)
+        except (ValueError, *_DAMAGE) as error:  # a ValueError for a place beyond any file
+            raise _damaged(source, error) from error
+
+    return opened
+
+
+def _damaged(source: Path, error: Exception) -> SessionError:
+    return SessionError(
+        f"{str(source)!r} is damaged, or no zip that can be read ({error}); fetch it again"
+    )
 
 
 _REFUSED = "nothing was taken from it, look where it came from"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import stat
 import struct
 import zipfile
@@ -250,3 +251,51 @@ def test_a_drive_that_fails_while_unpacking_is_told_and_the_next_try_completes(
     assert not folder.exists()
     assert unpack_folder(archive, folder) is True
     assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["zip", "zip64"])
+def test_a_list_that_would_fill_the_memory_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    if large:
+        monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 10)
+    path = make_zip(tmp_path / "a.zip", *(f"{number}" * 60 for number in range(10, 40)))
+    assert (b"PK\x06\x06" in path.read_bytes()) is large
+    with open_entries(path, Bounds(files=30)) as entries:
+        assert len(entries) == 30
+
+    def read(*args: object) -> None:
+        raise AssertionError("the list was read")
+
+    monkeypatch.setattr(zipfile, "ZipFile", read)
+    assert "more than 2 files" in refusal(path, Bounds(files=2))
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["zip", "zip64"])
+def test_a_zip_with_any_damage_is_read_right_or_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    if large:
+        monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
+    names = ["instance_images/a.png", "captions/a.txt", "dog.ckpt"]
+    path = make_zip(tmp_path / "a.zip", *names, data=b"the same text " * 9, method=8)
+    whole, chance = path.read_bytes(), random.Random(0)
+    refused = 0
+    for number in range(400):
+        raw = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            raw[chance.randrange(len(raw))] = chance.randrange(256)
+        if number % 4 == 0:
+            del raw[chance.randrange(len(raw)) :]
+        path.write_bytes(raw)
+        out = tmp_path / str(number)
+        out.mkdir()
+        try:
+            with open_entries(path, Bounds()) as entries:
+                copy_entries(entries, out, "copying")
+        except (SessionError, WorkspaceError) as error:
+            assert "\n" not in str(error)
+            refused += 1
+        files = [p for p in out.rglob("*") if p.is_file()]
+        assert all(p.resolve().is_relative_to(out) for p in files)
+    assert refused > 200
