@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
+import json
 import re
 import sys
 import types
@@ -29,11 +30,13 @@ from colabtools.dreambooth.config import (
 )
 from colabtools.dreambooth.train_config import TrainConfig
 from colabtools.errors import ColabToolsError
+from colabtools.storage import size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     _Step = Callable[[drive.Workspace, str, Any], object]
+    _Verb = Callable[[drive.Workspace, argparse.Namespace], object]
 
 __all__ = ["main"]
 
@@ -85,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     # Suppressed defaults let the same options stand before and after the verb.
     add = functools.partial(shared.add_argument, default=argparse.SUPPRESS)
-    add("--workspace", metavar="DIR", help="where sessions live (default: ./workspace)")
+    text = "where sessions live: a folder, MyDrive or Shareddrives/NAME (default: ./workspace)"
+    add("--workspace", metavar="DIR", help=text)
     add("--debug", action="store_true", help="full log and tracebacks")
     add("--quiet", action="store_true", help="errors and results only")
     about, *_ = (colabtools.__doc__ or "").splitlines()
@@ -96,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs, shared)
     _add_demo(verbs, shared)
     _add_convert(verbs, shared)
+    _add_session(verbs, shared)
     _add_dreambooth(verbs, shared)
     return parser
 
@@ -140,6 +145,42 @@ def _add_convert(verbs: Any, shared: argparse.ArgumentParser) -> None:
     verb.set_defaults(run=call)
 
 
+def _add_session(verbs: Any, shared: argparse.ArgumentParser) -> None:
+    text = "list, move and delete training sessions"
+    room = verbs.add_parser("session", help=text, description=text)
+    steps = room.add_subparsers(metavar="VERB", required=True)
+
+    def add(verb: str, call: _Verb, text: str, *operands: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser
+        parser = steps.add_parser(verb, parents=[shared], help=text, description=text)
+        for operand in operands:
+            parser.add_argument(operand.lower(), metavar=operand)
+
+        def run(args: argparse.Namespace) -> None:
+            with _open_workspace(args.workspace) as workspace:
+                _print(call(workspace, args))
+
+        parser.set_defaults(run=run)
+        return parser
+
+    listed = add("list", _session_list, "list all sessions")
+    add("create", _session_create, "make an empty session", "NAME")
+    shown = add("show", _session_show, "show one session", "NAME")
+    for parser in (listed, shown):
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    text = "make a session of a folder or a zip: another session, or photos with captions"
+    brought = add("import", _session_import, text, "SOURCE")
+    brought.add_argument("--name", default="", help="the session's name (default: the source's)")
+    text = "write a session as one zip, which imports to the same bytes"
+    sent = add("export", _session_export, text, "NAME")
+    text = "a .zip, or a folder for it (default: the workspace)"
+    sent.add_argument("--to", metavar="PATH", default="", help=text)
+    add("delete", _session_delete, "move a session to the workspace's trash", "NAME")
+    add("empty-trash", _session_empty_trash, "remove deleted sessions for good")
+    text = "take a session from a runtime on another machine that is gone for good"
+    add("release", _session_release, text, "NAME")
+
+
 def _add_dreambooth(verbs: Any, shared: argparse.ArgumentParser) -> None:
     text = "train Stable Diffusion on a handful of photos"
     pillar = verbs.add_parser("dreambooth", help=text, description=text)
@@ -169,11 +210,12 @@ def _add_dreambooth(verbs: Any, shared: argparse.ArgumentParser) -> None:
 def _open_workspace(path: str) -> Iterator[drive.Workspace]:
     """Open the workspace; one that was made for a command that failed and left it empty goes."""
     existed = _exists(path)
-    workspace = drive.open_local(path)
+    workspace = drive.mount(path)
     try:
         yield workspace
     except BaseException:
-        if not existed:
+        # Of a place in Drive, whose path is another than the text, nothing is taken away.
+        if not existed and workspace.root == Path(path).expanduser().absolute():
             with suppress(OSError):
                 workspace.root.rmdir()
         raise
@@ -184,6 +226,76 @@ def _exists(path: str) -> bool:
         return Path(path).expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # `open_local` explains
         return True
+
+
+def _session_list(workspace: drive.Workspace, args: argparse.Namespace) -> object:
+    from colabtools.dreambooth.shelf import list_sessions
+
+    found = list_sessions(workspace)
+    if args.json:
+        return _json([summary.as_json() for summary in found])
+    if not found:
+        report.get_logger(__name__).info("no sessions in %s", workspace.sessions_dir)
+    return [summary.line() for summary in found]
+
+
+def _session_create(workspace: drive.Workspace, args: argparse.Namespace) -> object:
+    from colabtools.dreambooth.session import create_session
+
+    return create_session(workspace, args.name).folder
+
+
+def _session_show(workspace: drive.Workspace, args: argparse.Namespace) -> object:
+    from colabtools.dreambooth.shelf import show_session
+
+    summary = show_session(workspace, args.name)
+    return _json(summary.as_json()) if args.json else summary.lines()
+
+
+def _session_import(workspace: drive.Workspace, args: argparse.Namespace) -> object:
+    from colabtools.dreambooth.transfer import import_session
+
+    imported = import_session(workspace, args.source, name=args.name)
+    if imported.left_out:
+        report.get_logger(__name__).warning(
+            "no part of a session and left out: %s", ", ".join(imported.left_out)
+        )
+    return imported.session.folder
+
+
+def _session_export(workspace: drive.Workspace, args: argparse.Namespace) -> object:
+    from colabtools.dreambooth.transfer import export_session
+
+    return export_session(workspace, args.name, args.to).path
+
+
+def _session_delete(workspace: drive.Workspace, args: argparse.Namespace) -> object:
+    from colabtools.dreambooth.trash import delete_session
+
+    deleted = delete_session(workspace, args.name)
+    report.get_logger(__name__).info(
+        "%s are free once the trash is emptied: colabtools session empty-trash; to bring it back: "
+        "colabtools session import %r --name %r",
+        *(size_text(deleted.size_bytes), str(deleted.place), deleted.name),
+    )
+    return deleted.place
+
+
+def _session_empty_trash(workspace: drive.Workspace, args: argparse.Namespace) -> object:
+    from colabtools.dreambooth.trash import empty_trash
+
+    emptied = empty_trash(workspace)
+    return f"{emptied.sessions} sessions removed, {size_text(emptied.size_bytes)}"
+
+
+def _session_release(workspace: drive.Workspace, args: argparse.Namespace) -> object:
+    from colabtools.dreambooth.session import release_session
+
+    return release_session(workspace, args.name).folder
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False)
 
 
 # Torch and diffusers take seconds to import, so each verb imports its own module when it runs.

@@ -1,61 +1,50 @@
-"""The workspace, the folder where a user's files outlive the runtime, and the rule for writing.
+"""The workspace, the folder where a user's files outlive the runtime, and how it is opened.
 
-The rule: a temporary name in the same folder, fsync, verify by reading back, rename. Whoever
-writes there goes through `write_atomic` or `atomic_path`, so a runtime that dies in the middle
-leaves the old file whole.
+It lies in one's own Google Drive, in a shared drive, or in a local folder. How files are written
+there is the matter of `storage`, whose names can be had from here as well.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from colabtools.errors import WorkspaceError
+from colabtools import env
+from colabtools.errors import MountError, StorageFullError, StorageLostError, WorkspaceError
+from colabtools.storage import (
+    atomic_path,
+    is_remote,
+    patiently,
+    sha256_of,
+    size_text,
+    workspace_error,
+    write_atomic,
+)
 
 __all__ = [
+    "MOUNTPOINT",
     "Workspace",
     "atomic_path",
+    "flush",
     "is_remote",
+    "mount",
     "open_local",
     "sha256_of",
     "workspace_error",
     "write_atomic",
 ]
 
-_CHUNK_BYTES = 1024**2
-
-_DRIVE_DROPPED = "Google Drive or the disk dropped out: mount it again and run this step again"
-_NO_ROOM = "free some room, on Drive empty the bin as well, and run this step again"
-_NOT_ALLOWED = "choose a folder you may write to, or change its permissions"
-
-_NEXT_STEPS = {
-    errno.EACCES: _NOT_ALLOWED,
-    errno.EDQUOT: _NO_ROOM,
-    errno.EEXIST: "a file stands where a folder is needed: move it away or give another path",
-    errno.EIO: _DRIVE_DROPPED,
-    errno.ENOENT: "check that its folder exists and that Drive, if it is there, is still mounted",
-    errno.ENOSPC: _NO_ROOM,
-    errno.ENOTCONN: _DRIVE_DROPPED,
-    errno.ENOTDIR: "a file stands where a folder is needed: move it away or give another path",
-    errno.EPERM: _NOT_ALLOWED,
-    errno.EROFS: "this place is read-only: choose another folder",
-    errno.ESTALE: _DRIVE_DROPPED,
-}
-
-# These speak of the storage whatever file they name, even where a library lost the name.
-_STORAGE_FAILURES = frozenset(
-    {errno.EDQUOT, errno.EIO, errno.ENOSPC, errno.ENOTCONN, errno.EROFS, errno.ESTALE}
-)
-# Google Drive is mounted through FUSE; overlay and tmpfs, which containers use, are local.
-_REMOTE_FILE_SYSTEMS = ("9p", "afs", "ceph", "cifs", "drvfs", "fuse", "nfs", "smb")
-_OUT_OF_ROOM = frozenset({errno.EDQUOT, errno.ENOSPC})
+# Source: google.colab's own examples; other notebooks and habits rely on it.
+MOUNTPOINT = "/content/drive"
+_OWN, _SHARED = "MyDrive", "Shareddrives"
+_PAUSES_S = (1.0, 5.0)
 
 
 @dataclass(frozen=True)
@@ -80,13 +69,15 @@ class Workspace:
         return self.root / ".colabtools"
 
     def free_bytes(self) -> int:
-        """Bytes that can still be written here.
+        """Bytes that can still be written here; on Google Drive at most, quotas are not all told.
 
         Raises:
             WorkspaceError: the folder is gone.
         """
         try:
-            return shutil.disk_usage(self.root).free
+            usage = shutil.disk_usage(self.root)
+            # Some mounts know no sizes; writing will tell.
+            return usage.free if usage.total else sys.maxsize
         except OSError as error:
             raise workspace_error("measure the free room of", self.root, error) from error
 
@@ -94,14 +85,14 @@ class Workspace:
         """Return if `needed_bytes` fit here.
 
         Raises:
-            WorkspaceError: they do not; the message says what for and how much is missing.
+            StorageFullError: they do not; the message says what for and how much is missing.
         """
         free = self.free_bytes()
         if free < needed_bytes:
-            missing = _size_text(needed_bytes - free)
-            failure = WorkspaceError(
-                f"no room for {what} in {self.root}: it needs {_size_text(needed_bytes)} and "
-                f"{_size_text(free)} are free; free at least {missing} and run this step again"
+            missing = size_text(needed_bytes - free)
+            failure = StorageFullError(
+                f"no room for {what} in {self.root}: it needs {size_text(needed_bytes)} and "
+                f"{size_text(free)} are free; free at least {missing} and run this step again"
             )
             failure.errno = errno.ENOSPC
             raise failure
@@ -146,139 +137,129 @@ def _prove_writable(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-@contextmanager
-def atomic_path(
-    path: str | os.PathLike[str], *, verify: Callable[[Path], object] | None = None
-) -> Iterator[Path]:
-    """A temporary path beside `path`; what the block writes there becomes `path` at its end.
-
-    Until then an older `path` stays as it is, and if the block or the check fails it stays for
-    good. The folder must exist: making it here would hide a Drive that is no longer mounted.
+def mount(
+    place: str = _OWN,
+    *,
+    mountpoint: str = MOUNTPOINT,
+    timeout_s: float = 120.0,
+    probes: env.Probes | None = None,
+) -> Workspace:
+    """The workspace in a place, mounted where that is needed and proven to keep a file.
 
     Args:
-        path: the file to make or replace.
-        verify: called with the temporary path, complete and on disk; raises if it is not right.
+        place: "MyDrive" or a folder in it, such as "MyDrive/art"; "Shareddrives/NAME" or a folder
+            in it; or a local folder.
+        mountpoint: where Drive is, or will be, mounted.
+        timeout_s: how long mounting may take once the user has agreed.
+        probes: answers in the place of the machine.
 
     Raises:
-        WorkspaceError: the storage failed, or the block wrote nothing.
+        MountError: Drive was refused, cannot be mounted here, or has no such shared drive.
+        StorageFullError: there is no room for a file.
+        StorageLostError: Drive was mounted and drops out.
+        WorkspaceError: the folder cannot be made, written or read back.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name[:40]}-{secrets.token_hex(4)}.part")
+    inside = _inside_drive(place, Path(mountpoint))
+    if inside is None:
+        return open_local(place)
+    if ".." in inside.parts:
+        raise WorkspaceError(f"workspace {place!r} leads out of Drive; give a folder without '..'")
+    _ensure_mounted(Path(mountpoint), timeout_s, probes)
+    if inside.parts[0] == _SHARED:
+        _ensure_shared(Path(mountpoint), inside)
     try:
-        yield temporary
-        if not temporary.exists():
-            raise WorkspaceError(f"nothing was written for {target}: write to the temporary path")
-        _sync_file(temporary)
-        if verify is not None:
-            verify(temporary)
-        temporary.replace(target)
-        _sync_folder(target.parent)
-    except OSError as error:
-        if isinstance(error, WorkspaceError) or not _is_about(error, temporary):
+        return open_local(Path(mountpoint, inside))
+    except WorkspaceError as error:
+        if inside.parts[0] != _SHARED or error.errno not in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+        ):
             raise
-        raise workspace_error("write", target, error) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        raise MountError(
+            f"shared drive {inside.parts[1]!r} lets you read only ({error}); ask its managers for "
+            "the role Contributor or Content manager, or use another workspace"
+        ) from error
 
 
-def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is behind a network, such as Google Drive, where a write takes long."""
-    import psutil
+def flush(probes: env.Probes | None = None) -> bool:
+    """Wait until all that was written to Google Drive has arrived; False where none is mounted.
 
-    folder = Path(path).absolute()
-    mounts = [m for m in psutil.disk_partitions(all=True) if folder.is_relative_to(m.mountpoint)]
-    if not mounts:
-        return False
-    kind = max(mounts, key=lambda mount: len(mount.mountpoint)).fstype.lower()
-    return kind.startswith(_REMOTE_FILE_SYSTEMS)
-
-
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Make or replace `path` with `data`, read back and compared before it takes the name.
+    Drive is unmounted by that: mount it again to go on.
 
     Raises:
-        WorkspaceError: the storage failed, or gave back other bytes than it was given.
+        StorageLostError: not everything has arrived.
     """
+    return env.flush_drive(probes)
 
-    def verify(temporary: Path) -> None:
-        if temporary.read_bytes() != data:
-            raise WorkspaceError(
-                f"cannot write {path}: the disk gave back other bytes than the {len(data)} it was "
-                f"given; the file was left as it was, try again or use another disk"
+
+def _inside_drive(place: str, mountpoint: Path) -> PurePosixPath | None:
+    """The path of a place below the mountpoint, or None for a local folder."""
+    path = PurePosixPath(place.strip())
+    with suppress(ValueError):
+        path = path.relative_to(mountpoint.as_posix())
+    if path.is_absolute() or not path.parts or path.parts[0] not in (_OWN, _SHARED):
+        return None
+    if path.parts[0] == _SHARED and len(path.parts) == 1:
+        raise WorkspaceError(f"workspace {place!r} names no shared drive; give {_SHARED}/NAME")
+    return path
+
+
+def _ensure_mounted(mountpoint: Path, timeout_s: float, probes: env.Probes | None) -> None:
+    """Return once Drive is really there; google.colab prints and returns when it is not."""
+    failure: WorkspaceError | None = None
+    for pause_s in (0.0, *_PAUSES_S):
+        time.sleep(pause_s)
+        # Never asked for what is there: that opens a dialogue in the user's browser.
+        stale = False
+        try:
+            if _is_mounted(mountpoint):
+                return
+        except OSError:
+            stale = True
+        try:
+            force = stale or failure is not None
+            env.mount_drive(
+                str(mountpoint), force_remount=force, timeout_s=timeout_s, probes=probes
             )
+            failure = None
+            if patiently(lambda: _is_mounted(mountpoint), mountpoint):
+                return
+        except StorageLostError as error:
+            failure = error
+        except OSError as error:
+            if isinstance(error, WorkspaceError):
+                raise
+            failure = workspace_error("use Google Drive at", mountpoint, error)
+    raise failure or MountError(
+        f"Google Drive is not mounted at {mountpoint} though no error was given; run the cell "
+        "again and allow the access, or disconnect the runtime and start a new one"
+    )
 
-    with atomic_path(path, verify=verify) as temporary:
-        temporary.write_bytes(data)
 
-
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file as 64 hex digits, read in small pieces.
+def _is_mounted(mountpoint: Path) -> bool:
+    """Whether Drive is there; a folder of that name on the runtime's own disk is not.
 
     Raises:
-        WorkspaceError: the file cannot be read to its end.
+        OSError: it was mounted, and what served it is gone.
     """
-    digest = hashlib.sha256()
     try:
-        with Path(path).open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
+        (mountpoint / _OWN).stat()
+    except FileNotFoundError:
+        return False
+    return is_remote(mountpoint / _OWN)
+
+
+def _ensure_shared(mountpoint: Path, inside: PurePosixPath) -> None:
+    """Return if the shared drive is there; a folder made in its place would be nowhere."""
+    folder, name = mountpoint / _SHARED, inside.parts[1]
+    try:
+        if (folder / name).is_dir():
+            return
+        there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
-        raise workspace_error("read", path, error) from error
-    return digest.hexdigest()
-
-
-def workspace_error(doing: str, path: str | os.PathLike[str], error: OSError) -> WorkspaceError:
-    """The WorkspaceError for an OSError met while `doing` something to `path`, errno kept.
-
-    Its message has the system's own words, the path and the next step.
-    """
-    if error.errno is None:
-        return WorkspaceError(f"cannot {doing} {path}: {error}")
-    room = _free_text(Path(path)) if error.errno in _OUT_OF_ROOM else ""
-    reason = f"{os.strerror(error.errno)} (errno {error.errno}{room})"
-    next_step = _NEXT_STEPS.get(error.errno, "check the path and try again")
-    failure = WorkspaceError(f"cannot {doing} {path}: {reason}; {next_step}")
-    failure.errno = error.errno
-    return failure
-
-
-def _is_about(error: OSError, temporary: Path) -> bool:
-    """Whether the storage failed, rather than something else that the block happened to do."""
-    return error.errno in _STORAGE_FAILURES or str(error.filename) == str(temporary)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as file:
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            # Some FUSE and network file systems have no fsync; reading back has to do there.
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-                raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the file system can."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _free_text(path: Path) -> str:
-    for folder in (path, *path.parents):
-        with suppress(OSError):
-            return f", {_size_text(shutil.disk_usage(folder).free)} free"
-    return ""
-
-
-def _size_text(size_bytes: int) -> str:
-    size = float(size_bytes)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+        raise workspace_error("look for shared drives in", folder, error) from error
+    raise MountError(
+        f"no shared drive {name!r}; there {'is ' + ', '.join(there) if there else 'are none'}: "
+        "check the name, and that this account is a member"
+    )

@@ -1,6 +1,6 @@
 """Where the code runs and on what: hosted Colab, Jupyter or a plain process; GPU, RAM, secrets.
 
-A hosted runtime is given back here as well.
+Google Drive is mounted and a hosted runtime is given back here as well.
 
 The only module that imports `google.colab`, and only inside functions. Each question takes a
 `Probes`, the set of things it asks the machine, so a test can answer in the machine's place.
@@ -14,12 +14,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path, PurePosixPath
 
-from colabtools.errors import MissingSecretError, WorkspaceError
+from colabtools.errors import MissingSecretError, MountError, StorageLostError, WorkspaceError
 
 __all__ = [
     "Gpu",
@@ -27,8 +28,10 @@ __all__ = [
     "Probes",
     "Ram",
     "Where",
+    "flush_drive",
     "gpu",
     "in_kernel",
+    "mount_drive",
     "ram",
     "release_runtime",
     "secret",
@@ -331,6 +334,87 @@ def _colab_secret(name: str) -> tuple[str, str]:
     return value, "it is empty"
 
 
+def mount_drive(
+    mountpoint: str,
+    *,
+    force_remount: bool = False,
+    timeout_s: float = 120.0,
+    probes: Probes | None = None,
+) -> None:
+    """Ask hosted Colab to mount the user's Google Drive, which asks the user for consent.
+
+    It may return without having mounted anything: look before using the folder.
+
+    Raises:
+        MountError: consent was refused, or Drive cannot be mounted from here; the message says why.
+        StorageLostError: mounting failed in a way that another try may mend.
+    """
+    probes = probes or Probes()
+    if where(probes).place is not Place.COLAB:
+        raise MountError(
+            "Google Drive can be mounted on hosted Colab only; give a local folder as the workspace"
+        )
+    main = threading.current_thread() is threading.main_thread()
+    if not (probes.in_zmq_kernel() and main):
+        raise MountError(
+            "Google Drive is not mounted, and only a notebook's cell can ask for it; run "
+            f"`from google.colab import drive; drive.mount({mountpoint!r})` in a cell, then again"
+        )
+    from google.colab import drive  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    try:
+        drive.mount(mountpoint, force_remount=force_remount, timeout_ms=round(timeout_s * 1000))
+    except Exception as error:  # the classes of its message errors can only be named on Colab
+        raise _mount_failure(mountpoint, error) from error
+
+
+def _mount_failure(mountpoint: str, error: Exception) -> WorkspaceError:
+    """The error of ours for what google.colab raised, matched by name and words."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    # Source: google.colab.drive and google.colab._message; Enterprise has the module and no Drive.
+    if isinstance(error, NotImplementedError):
+        return MountError(
+            f"this runtime has no Google Drive ({said}), as in Colab Enterprise; give a local "
+            "folder as the workspace, or one on a bucket that you mounted"
+        )
+    if type(error).__name__ == "MessageError":
+        return MountError(
+            f"access to Google Drive was not granted ({said}); run the cell again and allow it for "
+            "the account of this notebook, or give a local folder as the workspace"
+        )
+    if isinstance(error, ValueError) and "already contain files" in said:
+        return MountError(
+            f"{mountpoint} holds files though Drive is not mounted there ({said}); they are on "
+            "this runtime only: move them away, then run the cell again"
+        )
+    if isinstance(error, ValueError) and said.startswith("Mountpoint"):
+        return MountError(f"Drive cannot be mounted at {mountpoint!r}: {said}; use /content/drive")
+    return StorageLostError(
+        f"Google Drive could not be mounted at {mountpoint} ({type(error).__name__}: {said}); run "
+        "the cell again, and if it stays so disconnect the runtime and start a new one"
+    )
+
+
+def flush_drive(probes: Probes | None = None) -> bool:
+    """Wait until all that was written to Google Drive is there, and unmount it; False off Colab.
+
+    Raises:
+        StorageLostError: not everything has arrived.
+    """
+    if where(probes).place is not Place.COLAB:
+        return False
+    from google.colab import drive  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    try:
+        drive.flush_and_unmount()
+    except Exception as error:  # a ValueError without the reason, or whatever a child fails with
+        raise StorageLostError(
+            f"Google Drive has not taken everything that was written ({error}); look at the files "
+            "on Drive before this runtime ends"
+        ) from error
+    return True
+
+
 def release_runtime(probes: Probes | None = None) -> bool:
     """Give a hosted Colab runtime back, which ends this Python; False where that is not possible.
 
@@ -338,23 +422,19 @@ def release_runtime(probes: Probes | None = None) -> bool:
     The runtime's own disk is lost.
 
     Raises:
-        WorkspaceError: not everything has arrived; the runtime is kept.
+        StorageLostError: not everything has arrived; the runtime is kept.
     """
     log = logging.getLogger(__name__)
     if where(probes).place is not Place.COLAB:
         log.info("there is no hosted runtime to give back here")
         return False
-    from google.colab import (  # type: ignore[import-not-found,import-untyped,unused-ignore]
-        drive,
-        runtime,
-    )
+    from google.colab import runtime  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     try:
-        drive.flush_and_unmount()
-    except Exception as error:  # a ValueError without the reason, or whatever a child fails with
-        raise WorkspaceError(
-            f"Google Drive has not taken everything that was written ({error}), so the runtime is "
-            "kept; look at the files on Drive, then disconnect it yourself in the menu Runtime"
+        flush_drive(probes)
+    except StorageLostError as error:
+        raise StorageLostError(
+            f"{error}, so the runtime is kept; then disconnect it yourself in the menu Runtime"
         ) from error
     log.info("giving the runtime back")
     try:

@@ -3,7 +3,11 @@
     ColabToolsError
     ├── ConfigError (ValueError)             a setting has a value that cannot work
     ├── WorkspaceError (OSError)             the folder for a user's files cannot be used
-    ├── SessionError (ValueError)            a training session is missing, broken or in use
+    │   ├── MountError (OSError)             Google Drive is refused, or cannot be mounted here
+    │   ├── StorageFullError (OSError)       there is no room left
+    │   └── StorageLostError (OSError)       Google Drive or the disk dropped out
+    ├── SessionError (ValueError)            a training session is missing or broken
+    │   └── SessionBusyError (ValueError)    another runtime is writing to it
     ├── DatasetError (ValueError)            the pictures or captions cannot be trained on
     ├── ImageError (ValueError)              a picture cannot be read, drawn or written
     ├── ModelError (ValueError)              a model is unknown, wrong for the job or will not load
@@ -29,9 +33,13 @@ __all__ = [
     "MissingDependencyError",
     "MissingSecretError",
     "ModelError",
+    "MountError",
     "NotebookError",
     "ProcessError",
+    "SessionBusyError",
     "SessionError",
+    "StorageFullError",
+    "StorageLostError",
     "TrainingError",
     "WorkspaceError",
 ]
@@ -49,8 +57,24 @@ class WorkspaceError(ColabToolsError, OSError):
     """The folder for a user's files cannot be read, written or kept; `errno` is set if known."""
 
 
+class MountError(WorkspaceError):
+    """Google Drive is refused, or cannot be mounted here."""
+
+
+class StorageFullError(WorkspaceError):
+    """There is no room left; `errno` is ENOSPC or EDQUOT."""
+
+
+class StorageLostError(WorkspaceError):
+    """Google Drive or the disk dropped out; `errno` is EIO, ENOTCONN or ESTALE."""
+
+
 class SessionError(ColabToolsError, ValueError):
-    """A training session is missing, broken or in use."""
+    """A training session is missing or broken."""
+
+
+class SessionBusyError(SessionError):
+    """Another runtime is writing to the session; one that writes as well would ruin it."""
 
 
 class DatasetError(ColabToolsError, ValueError):

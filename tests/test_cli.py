@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import json
 import logging
 import os
 import signal
@@ -749,3 +750,92 @@ def test_a_model_is_converted_there_and_back(
     assert error.startswith("colabtools: ")
     assert "no average of its weights" in error
     assert sorted(path.name for path in folder.iterdir()) == ["m", "m.safetensors"]
+
+
+def test_sessions_live_and_die_by_the_command_line(folder: Path) -> None:
+    (folder / "photos").mkdir()
+    (folder / "photos" / "a.png").write_bytes(b"picture")
+    sessions = folder / "workspace" / "Fast-Dreambooth" / "Sessions"
+
+    def session(*argv: str) -> subprocess.CompletedProcess[str]:
+        done = run_cli("session", *argv)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    assert session("create", "cat").stdout == f"{sessions / 'cat'}\n"
+    imported = session("import", "photos", "--name", "my/dog")
+    assert imported.stdout == f"{sessions / 'my-dog'}\n"
+    assert "called 'my-dog', since 'my/dog' cannot be a folder" in imported.stderr
+    lines = session("list").stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["cat", "my-dog"]
+    assert [item["pictures"] for item in json.loads(session("list", "--json").stdout)] == [0, 1]
+    assert "pictures: 1" in session("show", "my-dog").stdout.splitlines()
+    assert json.loads(session("show", "my-dog", "--json").stdout)["name"] == "my-dog"
+    assert session("export", "my-dog").stdout == f"{folder / 'workspace' / 'my-dog.zip'}\n"
+    deleted = session("delete", "my-dog")
+    assert Path(deleted.stdout.strip()).parent == sessions / ".trash"
+    assert (
+        "7 B are free once the trash is emptied: colabtools session empty-trash" in deleted.stderr
+    )
+    assert session("empty-trash").stdout == "1 sessions removed, 7 B\n"
+    session("import", "workspace/my-dog.zip")
+    assert (sessions / "my-dog" / "instance_images" / "a.png").read_bytes() == b"picture"
+    assert session("release", "my-dog").stdout == f"{sessions / 'my-dog'}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["create", "a/b"], "such as 'a-b'"),
+        (["show", "dog"], "no session 'dog'"),
+        (["delete", "dog"], "no session 'dog'"),
+        (["release", "dog"], "no session 'dog'"),
+        (["export", "dog"], "no session 'dog'"),
+        (["import", "nowhere"], "does not exist; give a folder or a zip"),
+    ],
+)
+def test_a_session_verb_that_fails_says_why_and_leaves_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], said: str
+) -> None:
+    assert cli.main(["session", *argv]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert list(folder.iterdir()) == []
+
+
+def test_session_verbs_load_no_torch(folder: Path) -> None:
+    code = (
+        "import sys; from colabtools.cli import main; main(sys.argv[1:]);"
+        "print(sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    argv = ["session", "create", "dog"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "diffusers", "transformers"} & set(eval(done.stdout.splitlines()[-1]))
+
+
+def test_google_drive_off_colab_is_refused_in_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["session", "list", "--workspace", "MyDrive"]) == 1
+    assert "can be mounted on hosted Colab only; give a local folder" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+
+
+def test_an_empty_shelf_is_said_beside_the_results(folder: Path) -> None:
+    done = run_cli("session", "list")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "no sessions in" in done.stderr
+    assert json.loads(run_cli("session", "list", "--json").stdout) == []
+
+
+def test_an_empty_folder_in_drive_stays_when_a_command_fails(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "drive" / "art").mkdir(parents=True)
+    workspace = drive.Workspace(folder / "drive" / "art")
+    monkeypatch.setattr(drive, "mount", lambda place: workspace)
+    assert cli.main(["session", "show", "dog", "--workspace", "MyDrive/art"]) == 1
+    assert workspace.root.is_dir()

@@ -1,20 +1,22 @@
-"""The workspace and the rule for writing, on real folders; a failing disk is played by errno."""
+"""The workspace: a local folder, and Google Drive behind a stand-in for google.colab."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
+import sys
+import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from colabtools import drive
-from colabtools.drive import Workspace, atomic_path, open_local, sha256_of, write_atomic
-from colabtools.errors import ImageError, WorkspaceError
+from colabtools.drive import Workspace, open_local
+from colabtools.env import Probes
+from colabtools.errors import MountError, StorageFullError, StorageLostError, WorkspaceError
 
 
 def fail_with(number: int) -> Callable[..., Any]:
@@ -136,9 +138,19 @@ def test_enough_space_passes_and_too_little_says_how_much(tmp_path: Path) -> Non
     free = workspace.free_bytes()
     assert free > 0
     workspace.ensure_space(1, "a note")
-    with pytest.raises(WorkspaceError, match=r"no room for SDXL .* needs .* GB and .* free") as why:
+    with pytest.raises(
+        StorageFullError, match=r"no room for SDXL .* needs .* GB and .* free"
+    ) as why:
         workspace.ensure_space(free + 10**12, "SDXL")
     assert why.value.errno == errno.ENOSPC
+
+
+def test_a_mount_that_knows_no_sizes_refuses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = types.SimpleNamespace(total=0, used=0, free=0)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: unknown)
+    Workspace(tmp_path).ensure_space(10**15, "SDXL")
 
 
 def test_the_space_of_a_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:
@@ -146,137 +158,266 @@ def test_the_space_of_a_folder_that_is_gone_is_an_error(tmp_path: Path) -> None:
         Workspace(tmp_path / "gone").free_bytes()
 
 
-def test_write_atomic_makes_then_replaces_and_leaves_no_rest(tmp_path: Path) -> None:
-    target = tmp_path / "a.json"
-    write_atomic(target, b"old")
-    write_atomic(target, b"new")
-    assert target.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [target]
+class MessageError(Exception):
+    """As google.colab raises it; only its name and words are known to us."""
 
 
-def test_the_temporary_file_is_hidden_beside_the_target(tmp_path: Path) -> None:
-    with atomic_path(tmp_path / f"{'ä' * 120}.bin") as temporary:
-        assert temporary.parent == tmp_path
-        assert temporary.name.startswith(".")
-        assert temporary.name.endswith(".part")
-        temporary.write_bytes(b"x")
-        assert list(tmp_path.iterdir()) == [temporary]
+class FakeColab:
+    """Stands in for google.colab.drive at the border: what it did before, it does here.
+
+    Attributes:
+        outcomes: what each call of `mount` does: an error is raised, "mounts" puts My Drive there,
+            "nothing" prints and returns; the last one stays.
+        asked: the options of each call.
+    """
+
+    def __init__(self, flaky: Any) -> None:
+        self.flaky = flaky
+        self.outcomes: list[Any] = ["mounts"]
+        self.asked: list[dict[str, Any]] = []
+        self.shared = ["Team", "Familie Müller"]
+        self.flushed: list[Any] = []
+
+    @property
+    def mountpoint(self) -> str:
+        return str(self.flaky.root)
+
+    def mount(self, mountpoint: str, **options: Any) -> None:
+        assert mountpoint == self.mountpoint
+        self.asked.append(options)
+        outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        if outcome == "mounts":
+            self.flaky.recover()
+            (self.flaky.root / "MyDrive").mkdir(exist_ok=True)
+            for name in self.shared:
+                (self.flaky.root / "Shareddrives" / name).mkdir(parents=True, exist_ok=True)
+
+    def flush_and_unmount(self) -> None:
+        self.flushed.append(True)
+        if isinstance(self.outcomes[0], BaseException):
+            raise self.outcomes[0]
+
+    def open(self, place: str = "MyDrive") -> Workspace:
+        return drive.mount(place, mountpoint=self.mountpoint, probes=HOSTED)
 
 
-def test_a_new_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
-    (tmp_path / "plain").write_bytes(b"")
-    write_atomic(tmp_path / "ours", b"")
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+HOSTED = Probes(
+    environ={"COLAB_RELEASE_TAG": "release-colab_20260101"},
+    has_module=lambda name: name == "google.colab",
+    in_zmq_kernel=lambda: True,
+    in_colab_shell=lambda: True,
+)
 
 
-@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
-def test_a_block_that_fails_leaves_the_old_file_and_no_rest(
-    tmp_path: Path, kind: type[BaseException]
-) -> None:
-    target = tmp_path / "model"
-    target.write_bytes(b"old")
-    with pytest.raises(kind), atomic_path(target) as temporary:
-        temporary.write_bytes(b"half")
-        raise kind("stop")
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
+@pytest.fixture
+def colab(flaky: Any, monkeypatch: pytest.MonkeyPatch) -> FakeColab:
+    fake = FakeColab(flaky)
+    package = types.ModuleType("google.colab")
+    package.drive = fake  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", package)
+    monkeypatch.setattr(drive, "time", types.SimpleNamespace(sleep=flaky.slept.append))
+    return fake
 
 
-def test_a_check_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
-    target = tmp_path / "picture"
-    target.write_bytes(b"old")
-
-    def refuse(temporary: Path) -> None:
-        assert temporary.read_bytes() == b"new"
-        assert target.read_bytes() == b"old"
-        raise ImageError("not a picture")
-
-    with pytest.raises(ImageError), atomic_path(target, verify=refuse) as temporary:
-        temporary.write_bytes(b"new")
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_the_order_is_sync_then_check_then_rename(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps: list[str] = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (steps.append("sync"), fsync(fd))[1])
-    monkeypatch.setattr(os, "replace", lambda a, b: (steps.append("rename"), replace(a, b))[1])
-    with atomic_path(tmp_path / "x", verify=lambda path: steps.append("check")) as temporary:
-        temporary.write_bytes(b"x")
-    assert steps == ["sync", "check", "rename", "sync"]
-
-
-def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(WorkspaceError, match="nothing was written"), atomic_path(tmp_path / "x"):
-        pass
-
-
-def test_the_folder_is_not_made_behind_the_users_back(tmp_path: Path) -> None:
-    with pytest.raises(WorkspaceError, match="still mounted") as caught:
-        write_atomic(tmp_path / "dropped" / "x", b"x")
-    assert caught.value.errno == errno.ENOENT
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOTCONN, errno.EIO, errno.EROFS])
-def test_storage_failures_in_the_block_get_the_next_step(tmp_path: Path, number: int) -> None:
-    said = rf"errno {number}"
-    with pytest.raises(WorkspaceError, match=said) as caught, atomic_path(tmp_path / "x"):
-        raise OSError(number, os.strerror(number))
-    assert caught.value.errno == number
-    assert isinstance(caught.value.__cause__, OSError)
-
-
-def test_other_os_errors_of_the_block_are_not_blamed_on_the_target(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="source"), atomic_path(tmp_path / "x"):
-        (tmp_path / "source").read_bytes()
-
-
-def test_a_full_disk_is_told_with_what_is_free() -> None:
-    full = OSError(errno.ENOSPC, "full")
-    message = str(drive.workspace_error("write", "/no/such/folder/x", full))
-    assert message.startswith("cannot write /no/such/folder/x: No space left on device (errno 28, ")
-    assert " free); " in message
-
-
-def test_a_real_full_device_is_an_error() -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("this system has no /dev/full")
-    with (
-        pytest.raises(WorkspaceError, match="errno 28") as caught,
-        atomic_path("/tmp/colabtools-full"),
-        Path("/dev/full").open("wb", buffering=0) as full,
-    ):
-        full.write(b"x")
-    assert caught.value.errno == errno.ENOSPC
-
-
-def test_sha256_reads_files_of_more_than_one_piece(tmp_path: Path) -> None:
-    data = os.urandom(2 * 1024**2 + 7)
-    (tmp_path / "big").write_bytes(data)
-    assert sha256_of(tmp_path / "big") == hashlib.sha256(data).hexdigest()
-
-
-def test_sha256_of_a_missing_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(WorkspaceError, match="cannot read .*gone"):
-        sha256_of(tmp_path / "gone")
+def test_a_local_folder_needs_no_colab(tmp_path: Path) -> None:
+    assert drive.mount(str(tmp_path / "here")).root == tmp_path / "here"
 
 
 @pytest.mark.parametrize(
-    ("file_system", "remote"), [("fuse.drive", True), ("nfs4", True), ("ext4", False), ("", False)]
+    ("place", "folder"),
+    [
+        ("MyDrive", "MyDrive"),
+        ("MyDrive/art/2026", "MyDrive/art/2026"),
+        ("{mountpoint}/MyDrive/art", "MyDrive/art"),
+        ("Shareddrives/Team", "Shareddrives/Team"),
+        ("Shareddrives/Familie Müller/a b", "Shareddrives/Familie Müller/a b"),
+    ],
 )
-def test_a_folder_is_remote_by_the_file_system_that_it_is_mounted_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_system: str, remote: bool
+def test_drive_is_mounted_once_and_the_place_in_it_proven(
+    colab: FakeColab, place: str, folder: str
 ) -> None:
+    place = place.format(mountpoint=colab.mountpoint)
+    workspace = colab.open(place)
+    assert workspace.root == colab.flaky.root / folder
+    assert list(workspace.root.iterdir()) == []
+    assert colab.open(place) == workspace
+    assert colab.asked == [{"force_remount": False, "timeout_ms": 120000}]
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "said", "times"),
+    [
+        (MessageError("Error: credential propagation was unsuccessful"), MountError, "allow it", 1),
+        (NotImplementedError("unsupported in this environment"), MountError, "Enterprise", 1),
+        (ValueError("Mountpoint must not already contain files"), MountError, "move them away", 1),
+        (ValueError("Mountpoint must not be a symlink"), MountError, "use /content/drive", 1),
+        (ValueError("mount failed"), StorageLostError, "start a new one", 3),
+        (TimeoutError("timed out"), StorageLostError, "TimeoutError: timed out", 3),
+        (OSError(errno.ENOTCONN, "Transport endpoint"), StorageLostError, "Transport", 3),
+        ("nothing", MountError, "though no error was given", 3),
+    ],
+)
+def test_each_failure_of_colab_is_an_error_with_the_next_step(
+    colab: FakeColab, failure: Any, kind: type[WorkspaceError], said: str, times: int
+) -> None:
+    colab.outcomes = [failure]
+    with pytest.raises(kind, match=said) as caught:
+        colab.open()
+    assert "\n" not in str(caught.value)
+    assert len(colab.asked) == times
+
+
+@pytest.mark.parametrize("failure", [ValueError("mount failed"), TimeoutError(), "nothing"])
+def test_what_may_pass_is_tried_again_with_a_new_mount(colab: FakeColab, failure: Any) -> None:
+    colab.outcomes = [failure, "mounts"]
+    assert colab.open().root == colab.flaky.root / "MyDrive"
+    forced = [options["force_remount"] for options in colab.asked]
+    assert forced == [False, failure != "nothing"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOTCONN, errno.EIO])
+def test_a_mountpoint_whose_server_died_is_mounted_anew(
+    colab: FakeColab, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    colab.open()
+    dead = [True]
+    stat = os.stat
+
+    def failing(path: Any, *args: Any, **options: Any) -> Any:
+        if dead[0] and colab.flaky.holds(path):
+            raise OSError(number, os.strerror(number), path)
+        return stat(path, *args, **options)
+
+    mount = colab.mount
+
+    def revive(mountpoint: str, **options: Any) -> None:
+        dead[0] = not options["force_remount"]
+        mount(mountpoint, **options)
+
+    monkeypatch.setattr(os, "stat", failing)
+    monkeypatch.setattr(colab, "mount", revive)
+    assert colab.open().root == colab.flaky.root / "MyDrive"
+    assert colab.asked[-1]["force_remount"] is True
+
+
+def test_a_folder_of_that_name_on_the_runtimes_own_disk_is_no_drive(
+    colab: FakeColab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (colab.flaky.root / "MyDrive").mkdir()
     import psutil
 
-    mounts = [
-        SimpleNamespace(mountpoint="/", fstype="ext4"),
-        SimpleNamespace(mountpoint=str(tmp_path), fstype=file_system),
-        SimpleNamespace(mountpoint=str(tmp_path / "other"), fstype="fuse"),
-    ]
-    monkeypatch.setattr(psutil, "disk_partitions", lambda *, all: mounts)  # noqa: A006
-    assert drive.is_remote(tmp_path / "My Drive" / "x") is remote
+    monkeypatch.setattr(psutil, "disk_partitions", lambda *, all: [])  # noqa: A006
+    colab.outcomes = ["nothing"]
+    with pytest.raises(MountError, match="not mounted"):
+        colab.open()
+    assert list((colab.flaky.root / "MyDrive").iterdir()) == []
+
+
+def test_a_drive_that_appears_late_is_waited_for(colab: FakeColab) -> None:
+    colab.outcomes = ["nothing", "nothing", "mounts"]
+    assert colab.open().root.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOSPC, StorageFullError),
+        (errno.EDQUOT, StorageFullError),
+        (errno.EIO, StorageLostError),
+        (errno.ENOTCONN, StorageLostError),
+        (errno.EACCES, WorkspaceError),
+    ],
+)
+def test_a_drive_that_keeps_no_file_is_told_when_it_is_opened(
+    colab: FakeColab, number: int, kind: type[WorkspaceError]
+) -> None:
+    colab.open()
+    colab.flaky.fail("write", number)
+    with pytest.raises(WorkspaceError, match=f"errno {number}") as caught:
+        colab.open()
+    assert type(caught.value) is kind
+    assert caught.value.errno == number
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_shared_drive_that_may_only_be_read_names_the_role(colab: FakeColab, number: int) -> None:
+    colab.open("Shareddrives/Team")
+    colab.flaky.fail("write", number)
+    with pytest.raises(MountError, match="'Team' lets you read only .* Contributor"):
+        colab.open("Shareddrives/Team")
+
+
+def test_a_shared_drive_that_is_not_there_is_told_with_those_that_are(colab: FakeColab) -> None:
+    with pytest.raises(MountError, match="no shared drive 'team'; there is Familie Müller, Team"):
+        colab.open("Shareddrives/team/x")
+    assert not (colab.flaky.root / "Shareddrives" / "team").exists()
+
+
+def test_an_account_without_shared_drives_is_told(colab: FakeColab) -> None:
+    colab.shared = []
+    with pytest.raises(MountError, match="there are none"):
+        colab.open("Shareddrives/Team")
+    assert not (colab.flaky.root / "Shareddrives").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [("Shareddrives", "names no shared drive"), ("MyDrive/../../etc", "leads out of Drive")],
+)
+def test_a_place_that_is_none_is_refused_before_anyone_is_asked(
+    colab: FakeColab, place: str, said: str
+) -> None:
+    with pytest.raises(WorkspaceError, match=said):
+        colab.open(place)
+    assert colab.asked == []
+
+
+def test_off_colab_there_is_no_drive_to_mount() -> None:
+    probes = Probes(environ={}, has_module=lambda name: False)
+    with pytest.raises(MountError, match="hosted Colab only; give a local folder"):
+        drive.mount("MyDrive", mountpoint="/no/such/mountpoint", probes=probes)
+
+
+@pytest.mark.parametrize("where", ["a child process", "a thread"])
+def test_what_no_cell_runs_cannot_ask_for_consent_but_uses_what_is_mounted(
+    colab: FakeColab, where: str
+) -> None:
+    child = Probes(
+        environ=HOSTED.environ, has_module=HOSTED.has_module, in_zmq_kernel=lambda: False
+    )
+    results: list[Any] = []
+
+    def attempt() -> None:
+        try:
+            probes = HOSTED if where == "a thread" else child
+            results.append(drive.mount("MyDrive", mountpoint=colab.mountpoint, probes=probes))
+        except MountError as error:
+            results.append(str(error))
+
+    def run() -> None:
+        if where != "a thread":
+            return attempt()
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+        return None
+
+    run()
+    assert "only a notebook's cell can ask for it" in results[0]
+    assert colab.asked == []
+    colab.open()
+    run()
+    assert results[1] == Workspace(colab.flaky.root / "MyDrive")
+
+
+def test_everything_has_arrived_before_drive_is_let_go(colab: FakeColab) -> None:
+    assert drive.flush(Probes(environ={}, has_module=lambda name: False)) is False
+    assert colab.flushed == []
+    assert drive.flush(HOSTED) is True
+    assert colab.flushed == [True]
+    colab.outcomes = [ValueError("flush_and_unmount failed")]
+    with pytest.raises(StorageLostError, match="has not taken everything"):
+        drive.flush(HOSTED)

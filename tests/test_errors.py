@@ -18,9 +18,13 @@ BUILTINS = {
     "MissingDependencyError": ImportError,
     "MissingSecretError": LookupError,
     "ModelError": ValueError,
+    "MountError": OSError,
     "NotebookError": RuntimeError,
     "ProcessError": RuntimeError,
+    "SessionBusyError": ValueError,
     "SessionError": ValueError,
+    "StorageFullError": OSError,
+    "StorageLostError": OSError,
     "TrainingError": RuntimeError,
     "WorkspaceError": OSError,
 }

@@ -49,10 +49,20 @@ def export(workspace: Workspace, session_name: str, config: ExportConfig) -> lis
         CheckpointError: the session has no such trained weights, damaged ones, or some that do not
             fit.
         ModelError: the base model cannot be had.
+        SessionBusyError: another runtime is writing to the session.
         SessionError: there is no such session.
         WorkspaceError: there is not enough room.
     """
     session = open_session(workspace, session_name)
+    with session.writing("export"):
+        written = _write_files(workspace, session, config)
+    # Drive is let go by this, so that the session must not be held any more.
+    if config.disconnect:
+        _disconnect(session.folder)
+    return written
+
+
+def _write_files(workspace: Workspace, session: Session, config: ExportConfig) -> list[WrittenFile]:
     weights = find_weights(session, config.step)
     if not weights.finished and config.step == 0:
         get_logger(__name__).warning(
@@ -72,8 +82,6 @@ def export(workspace: Workspace, session_name: str, config: ExportConfig) -> lis
         written += write_single(path, targets, description, metadata).files
     digests = {file.path.name: file.sha256 for file in written}
     session.add_run({**asdict(config), "verb": "export", "step": weights.step, "sha256": digests})
-    if config.disconnect:
-        _disconnect(session.folder)
     return written
 
 

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from colabtools.drive import workspace_error, write_atomic
+from colabtools.dreambooth.archive import unpack_folder
+from colabtools.dreambooth.lease import ensure_held, hold
+from colabtools.dreambooth.names import check_name
 from colabtools.errors import SessionError, WorkspaceError
+from colabtools.storage import remove_parts, workspace_error, write_atomic
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from colabtools.drive import Workspace
 
-__all__ = ["SCHEMA_VERSION", "Session", "create_session", "now_text", "open_session"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "Session",
+    "create_session",
+    "find_session",
+    "now_text",
+    "open_session",
+    "release_session",
+    "session_names",
+]
 
 SCHEMA_VERSION = 1
-_LONGEST_NAME = 64
-# A file system's limit is 255; the rest is for what export and temporary files append.
-_LONGEST_NAME_BYTES = 192
-# Beside letters and digits of any script, what Drive, Windows and zip archives all take.
-_PUNCTUATION = frozenset(" .+-_")
+# A temporary file of this age was left by a process that was killed.
+_LITTER_AGE_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,32 @@ class Session:
         """The session's own record."""
         return self.folder / "session.json"
 
+    @contextmanager
+    def writing(self, verb: str, *, lead: bool = True) -> Iterator[None]:
+        """Keep every other runtime from writing to the session while the block runs.
+
+        What kills and older notebooks left is put right first: their temporary files go, and
+        pictures and captions that are there as a zip alone are unpacked beside it.
+
+        Args:
+            verb: what is done, for others to read.
+            lead: False in a process that only helps the one that holds the session.
+
+        Raises:
+            SessionBusyError: another runtime is writing to it, or took it over.
+            SessionError: a zip of an older notebook is not safe to unpack.
+            WorkspaceError: the storage failed.
+        """
+        if not lead:
+            yield
+            return
+        with hold(self.folder, verb):
+            if self.folder.is_dir():
+                remove_parts(self.folder, older_than_s=_LITTER_AGE_S)
+                for folder in (self.instance_images_dir, self.captions_dir):
+                    unpack_folder(folder.with_suffix(".zip"), folder)
+            yield
+
     def read_record(self) -> dict[str, Any]:
         """Return the record.
 
@@ -109,9 +145,11 @@ class Session:
         """Write these values into the record; one that has them all already is left alone.
 
         Raises:
+            SessionBusyError: another runtime took the session over.
             SessionError: see `read_record`.
             WorkspaceError: it cannot be written.
         """
+        ensure_held(self.folder)
         record = self.read_record()
         if values.items() <= record.items():
             return
@@ -135,7 +173,10 @@ def create_session(workspace: Workspace, name: str) -> Session:
         SessionError: the name cannot be a folder's, or the session's record is damaged.
         WorkspaceError: the folder cannot be made; nothing is left of it.
     """
-    session = _named(workspace, name)
+    session = _find(workspace, name)
+    if session is None:
+        name = check_name(name)
+        session = Session(name, workspace.sessions_dir / name)
     if session.record_path.exists():
         session.read_record()
         return session
@@ -160,35 +201,72 @@ def open_session(workspace: Workspace, name: str) -> Session:
         SessionError: the name cannot be a folder's, no such session is there, or its record is
             damaged.
     """
-    session = _named(workspace, name)
-    if not session.folder.is_dir():
-        folders = (p for p in workspace.sessions_dir.glob("*") if p.is_dir())
-        there = sorted(p.name for p in folders if not p.name.startswith("."))
-        raise SessionError(
-            f"no session {name!r} in {workspace.sessions_dir}; "
-            f"there {'is ' + ', '.join(there) if there else 'are none'}, run prepare first"
-        )
+    session = find_session(workspace, name)
     # Found now rather than at the end of an hour's training.
     session.read_record()
     return session
 
 
-def _named(workspace: Workspace, name: str) -> Session:
-    # A Mac composes letters another way; both spellings are one name.
-    name = unicodedata.normalize("NFC", name)
-    if not _can_be_folder(name):
-        raise SessionError(
-            f"session name {name!r} cannot be a folder; use up to {_LONGEST_NAME} letters, digits, "
-            "spaces and . + - _ beginning with a letter or digit and ending with neither . nor a "
-            "space"
-        )
-    return Session(name, workspace.sessions_dir / name)
+def find_session(workspace: Workspace, name: str) -> Session:
+    """The session of this name, which must exist; its record may be damaged.
+
+    One of an older notebook may have a name that would not be given today.
+
+    Raises:
+        SessionError: no such session is there.
+        WorkspaceError: the folder of the sessions cannot be read.
+    """
+    session = _find(workspace, name)
+    if session is not None:
+        return session
+    check_name(name)
+    there = session_names(workspace)
+    raise SessionError(
+        f"no session {name!r} in {workspace.sessions_dir}; "
+        f"there {'is ' + ', '.join(there) if there else 'are none'}, run prepare first"
+    )
 
 
-def _can_be_folder(name: str) -> bool:
-    # L letters, M the vowel signs and accents that some scripts write with marks, N digits.
-    known = all(c in _PUNCTUATION or unicodedata.category(c)[0] in "LMN" for c in name)
-    size_bytes = len(name.encode("utf-8", "replace"))
-    fits = 0 < len(name) <= _LONGEST_NAME and size_bytes <= _LONGEST_NAME_BYTES
-    # The first character keeps hidden folders and options out, the last what Windows drops.
-    return known and fits and name[0].isalnum() and name[-1] not in " ." and ".." not in name
+def session_names(workspace: Workspace) -> list[str]:
+    """The names of all sessions, sorted.
+
+    Raises:
+        WorkspaceError: their folder cannot be read.
+    """
+    place = workspace.sessions_dir
+    try:
+        folders = [path.name for path in place.iterdir() if path.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise workspace_error("look for sessions in", place, error) from error
+    return sorted(name for name in folders if not name.startswith("."))
+
+
+def release_session(workspace: Workspace, name: str) -> Session:
+    """The session, taken from a runtime on another machine that holds it and is gone for good.
+
+    One that still runs is interrupted as soon as it notices, and writes no more.
+
+    Raises:
+        SessionBusyError: a process of this machine holds it; stop that one.
+        SessionError: no such session is there.
+        WorkspaceError: the storage failed.
+    """
+    session = open_session(workspace, name)
+    with hold(session.folder, "release", take_over=True):
+        return session
+
+
+def _find(workspace: Workspace, name: str) -> Session | None:
+    """The session that is there under this name, as an older notebook or a Mac spelled it."""
+    if name in ("", ".", "..") or name.startswith(".") or set(name) & set("/\\\0"):
+        return None
+    wanted = unicodedata.normalize("NFC", name)
+    with suppress(OSError, ValueError):
+        if (workspace.sessions_dir / wanted).is_dir():
+            return Session(wanted, workspace.sessions_dir / wanted)
+    for other in session_names(workspace):
+        if unicodedata.normalize("NFC", other) == wanted:
+            return Session(other, workspace.sessions_dir / other)
+    return None

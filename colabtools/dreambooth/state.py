@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from colabtools.dreambooth.lease import ensure_held
 from colabtools.dreambooth.saved import (
     Saved,
     Snapshot,
@@ -176,8 +177,10 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: the snapshot holds what cannot be saved.
+            SessionBusyError: another runtime took the session over.
             WorkspaceError: neither the session's folder nor the machine could keep it.
         """
+        ensure_held(self._session.folder)
         if self.staging is None:
             self._join()
         self._next_sequence()
@@ -341,6 +344,7 @@ class CheckpointStore:
         """Copy what the session lacks, in a thread; whatever goes wrong is kept for the caller."""
         try:
             while self._unsent:
+                ensure_held(self._session.folder)
                 copy_saved(self._unsent[0], self._place)
                 del self._unsent[0]
             self._rotate_session()

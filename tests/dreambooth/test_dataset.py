@@ -343,7 +343,7 @@ def break_photos(photos: Path, kind: str) -> str:
         "cut": lambda: (photos / "b.jpg").write_bytes(
             add_photo(photos, "b.jpg").read_bytes()[:900]
         ),
-        "empty": lambda: picture.rename(photos / "a.heic"),
+        "empty": lambda: picture.rename(photos / "a.doc"),
         "not UTF-8": lambda: (photos / "a.txt").write_bytes("schöner hund".encode("latin-1")),
         "text": lambda: (photos / "b.jpg").write_text("my notes"),
         "twins": lambda: add_photo(photos, "a.jpg"),

@@ -5,21 +5,28 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
+import time
 import unicodedata
+import zipfile
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
+from colabtools.dreambooth.claims import Holder, claim_bytes, claims_dir, find_holders
+from colabtools.dreambooth.lease import hold
 from colabtools.dreambooth.session import (
     SCHEMA_VERSION,
     Session,
     create_session,
     now_text,
     open_session,
+    release_session,
+    session_names,
 )
 from colabtools.drive import Workspace
-from colabtools.errors import SessionError, WorkspaceError
+from colabtools.errors import SessionBusyError, SessionError, WorkspaceError
 
 BAD_NAMES = [
     *("", " ", ".", "..", "/", "a/b", "/etc", "../up", "a/../b", "a..b", "a\\b", "C:"),
@@ -212,3 +219,110 @@ def test_the_time_is_utc_to_the_second() -> None:
 
 def test_a_session_is_a_value() -> None:
     assert Session("a", Path("x")) == Session("a", Path("x"))
+
+
+@pytest.mark.parametrize("name", ["Rex & me!", "(dog)", "_x", "my dog ", "e\u0301te\u0301"])
+def test_an_older_session_opens_under_the_name_that_it_has(workspace: Workspace, name: str) -> None:
+    (workspace.sessions_dir / name / "instance_images").mkdir(parents=True)
+    session = open_session(workspace, name)
+    assert session.folder == workspace.sessions_dir / name
+    session.add_run({"verb": "train"})
+    assert open_session(workspace, unicodedata.normalize("NFC", name)) == session
+    assert create_session(workspace, name) == session
+    assert session_names(workspace) == [name]
+
+
+def test_a_refused_name_comes_with_one_that_can_be(workspace: Workspace) -> None:
+    with pytest.raises(SessionError, match="such as 'my-dog'"):
+        create_session(workspace, "my/dog")
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".trash", "a/b", "dog/../../x"])
+def test_a_name_that_leads_elsewhere_opens_nothing_even_if_it_is_there(
+    workspace: Workspace, name: str
+) -> None:
+    for place in ("a/b", ".trash", "dog"):
+        (workspace.sessions_dir / place).mkdir(parents=True)
+    with pytest.raises(SessionError, match="cannot be a folder"):
+        open_session(workspace, name)
+
+
+def test_writing_is_told_to_others_and_readers_do_not_care(workspace: Workspace) -> None:
+    session = create_session(workspace, "dog")
+    said: list[str] = []
+
+    def attempt() -> None:
+        assert open_session(workspace, "dog") == session
+        session.read_record()
+        try:
+            with session.writing("train"):
+                said.append("held")
+        except SessionBusyError as error:
+            said.append(str(error))
+
+    with session.writing("prepare"):
+        session.add_run({"verb": "prepare"})
+        assert [holder.verb for holder in find_holders(session.folder)] == ["prepare"]
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+    assert len(said) == 1
+    assert said[0].startswith("session 'dog' is being written to by")
+    attempt()
+    assert said[1] == "held"
+
+
+def test_a_process_that_only_helps_holds_nothing(workspace: Workspace) -> None:
+    session = create_session(workspace, "dog")
+    with session.writing("train", lead=False):
+        assert find_holders(session.folder) == ()
+
+
+def test_the_zips_of_an_older_notebook_are_unpacked_for_the_first_writer(
+    workspace: Workspace,
+) -> None:
+    folder = workspace.sessions_dir / "old"
+    folder.mkdir(parents=True)
+    for name, file in (("instance_images", "a.png"), ("captions", "a.txt")):
+        with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
+            archive.writestr(f"{name}/{file}", "x")
+    session = open_session(workspace, "old")
+    assert not session.instance_images_dir.exists()
+    with session.writing("train"):
+        assert (session.instance_images_dir / "a.png").read_text() == "x"
+        assert (session.captions_dir / "a.txt").read_text() == "x"
+    assert (folder / "captions.zip").is_file()
+
+
+def test_what_a_kill_left_long_ago_goes_and_a_write_under_way_stays(workspace: Workspace) -> None:
+    session = create_session(workspace, "dog")
+    old = session.folder / ".session.json-0123abcd.part"
+    new = session.folder / ".session.json-89abcdef.part"
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (time.time() - 7200,) * 2)
+    with session.writing("train"):
+        pass
+    assert sorted(p.name for p in session.folder.iterdir()) == [new.name, "session.json"]
+
+
+def test_a_record_is_not_written_by_one_who_was_taken_over(workspace: Workspace) -> None:
+    session = create_session(workspace, "dog")
+    before = session.record_path.read_bytes()
+    with hold(session.folder, "train") as lease:
+        lease.lost = "it was taken over"
+        with pytest.raises(SessionBusyError, match="not this runtime's any more"):
+            session.add_run({"verb": "train"})
+    assert session.record_path.read_bytes() == before
+
+
+def test_a_session_is_released_from_a_runtime_that_is_gone(workspace: Workspace) -> None:
+    session = create_session(workspace, "dog")
+    there = Holder(
+        token="0", verb="train", machine="?", host="colab-2", pid=7, started=0.0, since="then"
+    )
+    claims_dir(session.folder).mkdir(parents=True)
+    (claims_dir(session.folder) / "0.json").write_bytes(claim_bytes(there))
+    assert [holder.host for holder in find_holders(session.folder)] == ["colab-2"]
+    assert release_session(workspace, "dog") == session
+    assert find_holders(session.folder) == ()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from colabtools import drive, registry
-from colabtools.dreambooth import loop
+from colabtools.dreambooth import lease, loop
 from colabtools.dreambooth import train as training
 from colabtools.dreambooth.config import PrepareConfig
 from colabtools.dreambooth.dataset import load_examples, prepare
@@ -21,7 +24,13 @@ from colabtools.dreambooth.models import load_pipeline
 from colabtools.dreambooth.session import open_session
 from colabtools.dreambooth.state import CheckpointStore, find_trained
 from colabtools.dreambooth.train_config import TrainConfig
-from colabtools.errors import ColabToolsError, ConfigError, DatasetError, SessionError
+from colabtools.errors import (
+    ColabToolsError,
+    ConfigError,
+    DatasetError,
+    SessionBusyError,
+    SessionError,
+)
 
 from .conftest import SESSION
 
@@ -389,3 +398,51 @@ def test_all_the_extras_train_together(workspace: drive.Workspace) -> None:
     result = train(workspace, config)
     assert result.weights.load().keys() == {"text_encoder_lora", "unet_lora"}
     assert CheckpointStore(open_session(workspace, SESSION)).newest() is not None
+
+
+def test_a_session_that_another_process_writes_to_is_not_trained(
+    workspace: drive.Workspace,
+) -> None:
+    folder = open_session(workspace, SESSION).folder
+    before = sorted(folder.rglob("*"))
+    code = (
+        "import sys, time; from pathlib import Path; from colabtools.dreambooth.lease import hold\n"
+        "with hold(Path(sys.argv[1]), 'train'):\n    print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(SessionBusyError, match=f"train on this machine, process {other.pid}"):
+            train(workspace)
+        assert sorted(folder.rglob("*")) == before
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+
+
+def test_a_run_whose_session_was_taken_over_stops_and_saves_nothing(
+    workspace: drive.Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session(workspace, SESSION)
+    monkeypatch.setattr(lease, "_TIMING", lease.Timing(beat_s=0.01))
+    steps: list[int] = []
+    step = loop.StageLoop.step
+
+    def counted(self: loop.StageLoop, world: Any) -> None:
+        step(self, world)
+        steps.append(1)
+        if len(steps) == 2:
+            (claim,) = (session.folder.parent / ".leases" / SESSION).iterdir()
+            claim.unlink()
+            time.sleep(0.2)
+
+    monkeypatch.setattr(loop.StageLoop, "step", counted)
+    with pytest.raises(SessionBusyError, match="not this runtime's any more"):
+        train(workspace, text_encoder_steps=0, unet_steps=30)
+    assert len(steps) == 2
+    assert not list(session.checkpoints_dir.glob("*"))
+    assert [run["verb"] for run in session.read_record()["runs"] if run["verb"] == "train"] == []

@@ -92,7 +92,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Calls:
         monkeypatch.setattr(module, verb, stand_in(verb))
     shown: list[str] = []
     monkeypatch.setattr(report, "show", shown.append)
-    monkeypatch.setattr(drive, "open_local", lambda folder: f"opened {folder}")
+    monkeypatch.setattr(drive, "mount", lambda folder: f"opened {folder}")
     calls["shown"] = ("", "", shown)
     return calls
 

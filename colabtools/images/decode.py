@@ -1,4 +1,4 @@
-"""Photos made ready: upright, RGB, of the shape that training wants."""
+"""Any photo as pixels: decoded to the end, the right way up, RGB."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from colabtools.errors import ImageError
+from colabtools.errors import ImageError, MissingDependencyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,9 +14,16 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
-__all__ = ["PHOTO_SUFFIXES", "fit", "load_upright", "square", "upright_size"]
+__all__ = ["PHOTO_SUFFIXES", "load_upright", "upright_size"]
 
-PHOTO_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+PHOTO_SUFFIXES = frozenset(
+    {
+        *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg", ".mpo"),
+        *(".png", ".tif", ".tiff", ".webp"),
+    }
+)
+# Pillow has AVIF itself since 11.3, and leaves these to the plugin pillow-heif.
+_HEIF_SUFFIXES = frozenset({".heic", ".heif"})
 
 # What undoes each value of the EXIF tag Orientation, as names of `PIL.Image.Transpose`.
 # Source: EXIF 2.32, tag 0x0112, and PIL.ImageOps.exif_transpose, which is not called because it
@@ -38,15 +45,16 @@ _SIDEWAYS = frozenset({5, 6, 7, 8})
 def load_upright(path: Path) -> Image.Image:
     """Return a photo as it is meant to be seen: all pixels decoded, turned by its EXIF tag, RGB.
 
-    Transparent parts become white; greys of 16 bits and more are scaled to 8 bits. The picture is
-    pixels alone: colour profile, EXIF and comments stay behind.
+    Transparent parts take the colour of the border where most of that is opaque, else white; greys
+    of 16 bits and more are scaled to 8 bits. The picture is pixels alone: colour profile, EXIF and
+    comments stay behind.
 
     Raises:
         ImageError: the file cannot be decoded to the end.
     """
     with _opened(path) as image:
         image.load()
-        upright = _to_rgb(_turn(image))
+        upright = _turn(_to_rgb(image), _orientation(image))
     upright.info = {}
     return upright
 
@@ -71,23 +79,48 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     from PIL import Image
 
     try:
+        _add_heif(path)
         # Pillow warns of large photos and of odd metadata; what matters here is that it decodes.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 yield image
+    except MissingDependencyError as error:
+        raise ImageError(f"{_shown(path.name)} cannot be read as a picture ({error})") from error
     except Exception as error:  # decoders meet damage with whatever breaks first
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(
-            f"{path.name} cannot be read as a picture ({reason}); "
+            f"{_shown(path.name)} cannot be read as a picture ({reason}); "
             f"remove it from {path.parent} or replace it with a JPEG or PNG"
         ) from error
 
 
-def _turn(image: Image.Image) -> Image.Image:
+def _add_heif(path: Path) -> None:
+    """Teach Pillow to read HEIC where a file is one; a second time costs nothing.
+
+    Raises:
+        MissingDependencyError: pillow-heif is not installed.
+    """
+    if path.suffix.lower() not in _HEIF_SUFFIXES:
+        return
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise MissingDependencyError(
+            "HEIC photos need pillow-heif: pip install pillow-heif"
+        ) from error
+    pillow_heif.register_heif_opener()
+
+
+def _shown(name: str) -> str:
+    """Return a file's name on one line, as a file system may hold it on several."""
+    return name if name.isprintable() else repr(name)
+
+
+def _turn(image: Image.Image, orientation: int) -> Image.Image:
     from PIL import Image
 
-    turn = _TURNS.get(_orientation(image))
+    turn = _TURNS.get(orientation)
     return image.transpose(Image.Transpose[turn]) if turn else image
 
 
@@ -107,9 +140,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _wide_grey(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        page = Image.new("RGBA", rgba.size, "white")
+        page = Image.new("RGBA", rgba.size, _border_colour(rgba))
         return Image.alpha_composite(page, rgba).convert("RGB")
-    return image.convert("RGB")
+    # Without the copy that `convert` makes of what is RGB: 36 MB for a photo of 12 megapixels.
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _border_colour(rgba: Image.Image) -> tuple[int, int, int]:
+    """Return the median colour of the opaque border, or white where most is transparent."""
+    import numpy as np
+
+    values = np.asarray(rgba)
+    edges = [values[:1], values[-1:], values[:, :1], values[:, -1:]]
+    border = np.concatenate([edge.reshape(-1, 4) for edge in edges])
+    opaque = border[border[:, 3] > 127]
+    if 2 * len(opaque) <= len(border):
+        return 255, 255, 255
+    red, green, blue = (int(value) for value in np.median(opaque[:, :3], axis=0))
+    return red, green, blue
 
 
 def _wide_grey(image: Image.Image) -> Image.Image:
@@ -127,26 +175,3 @@ def _wide_grey(image: Image.Image) -> Image.Image:
     white = next((level for level in usual if brightest <= level), brightest)
     scaled = np.rint(values * (255.0 / white)).clip(0, 255)
     return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
-
-
-def square(image: Image.Image, size: int) -> Image.Image:
-    """Return the centred square of a picture, `size` x `size` pixels, by one Lanczos resize."""
-    return fit(image, size, size)
-
-
-def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Return the largest centred part of a picture that has this shape, as `width` x `height`.
-
-    The part has whole pixels of the picture's own resolution and is resized once (Lanczos).
-    """
-    from PIL import Image
-
-    cut = [image.width, image.height]
-    if image.width * height > image.height * width:
-        cut[0] = max(1, round(image.height * width / height))
-    else:
-        cut[1] = max(1, round(image.width * height / width))
-    # Whole pixels: half a pixel of shift would blur a picture that need not be resized.
-    left, top = (image.width - cut[0]) // 2, (image.height - cut[1]) // 2
-    box = (left, top, left + cut[0], top + cut[1])
-    return image.resize((width, height), Image.Resampling.LANCZOS, box)

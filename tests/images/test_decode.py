@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from colabtools.errors import ImageError
 from colabtools.images import PHOTO_SUFFIXES, fit, load_upright, square, upright_size
@@ -120,13 +121,13 @@ RED, GREEN, BLUE = [255, 0, 0], [0, 255, 0], [0, 0, 255]
 MODES = [
     ("1", ".png", picture("1", [0, 255]), [BLACK, WHITE]),
     ("L", ".png", picture("L", [0, 100, 255]), [BLACK, [100] * 3, WHITE]),
-    ("LA", ".png", picture("LA", [(50, 255), (50, 0)]), [[50] * 3, WHITE]),
+    ("LA", ".png", picture("LA", [(50, 255), (90, 0), (90, 0)]), [[50] * 3, WHITE, WHITE]),
     ("P", ".png", palette(transparency=None), [RED, GREEN, BLUE]),
-    ("P see-through", ".png", palette(transparency=1), [RED, WHITE, BLUE]),
-    ("P see-through", ".gif", palette(transparency=1), [RED, WHITE, BLUE]),
+    ("P see-through", ".png", palette(transparency=1), [RED, [127, 0, 127], BLUE]),
+    ("P see-through", ".gif", palette(transparency=1), [RED, [127, 0, 127], BLUE]),
     ("RGB", ".bmp", picture("RGB", [(1, 2, 3), (250, 251, 252)]), [[1, 2, 3], [250, 251, 252]]),
-    ("RGBA", ".png", picture("RGBA", [(9, 8, 7, 255), (9, 8, 7, 0)]), [[9, 8, 7], WHITE]),
-    ("RGBA half", ".png", picture("RGBA", [(0, 0, 0, 128)]), [[127] * 3]),
+    ("RGBA", ".png", picture("RGBA", [(9, 8, 7, 255), (0, 0, 0, 0)]), [[9, 8, 7], WHITE]),
+    ("RGBA half", ".png", picture("RGBA", [(0, 0, 0, 127)]), [[128] * 3]),
     ("CMYK", ".tif", picture("CMYK", [(0, 0, 0, 0), (0, 255, 255, 0)]), [WHITE, RED]),
     ("I;16", ".png", grey([0, 25700, 65535], "uint16"), [BLACK, [100] * 3, WHITE]),
     ("I;16 dark", ".tif", grey([0, 100, 200], "uint16"), [BLACK, BLACK, [1] * 3]),
@@ -293,3 +294,43 @@ def test_a_fitted_picture_is_the_middle_of_the_photo_in_the_right_proportion(tur
     result = np.asarray(fit(image, *shape))
     result = result.transpose(1, 0, 2) if turned else result
     assert np.array_equal(result, values[:, 25:65])
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".heic"])
+def test_the_formats_of_phones_are_read(tmp_path: Path, suffix: str) -> None:
+    if suffix == ".heic":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    elif not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    Image.new("RGB", (64, 48), (200, 40, 30)).save(tmp_path / f"a{suffix}")
+    found = np.asarray(load_upright(tmp_path / f"a{suffix}"), dtype=int)
+    assert found.shape == (48, 64, 3)
+    assert np.abs(found - (200, 40, 30)).max() <= 6
+
+
+def test_without_the_plugin_a_heic_photo_is_one_line_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.heic").write_bytes(b"anything")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match=r"^a\.heic cannot be read .*pip install pillow-heif"):
+        load_upright(tmp_path / "a.heic")
+
+
+@pytest.mark.parametrize(("hole", "expected"), [(20, (10, 60, 90)), (32, (255, 255, 255))])
+def test_what_is_transparent_takes_the_colour_of_an_opaque_border(
+    tmp_path: Path, hole: int, expected: tuple[int, int, int]
+) -> None:
+    """Where the border itself is transparent, as round a cut-out, the page is white."""
+    image = Image.new("RGBA", (32, 32), (10, 60, 90, 255))
+    start = (32 - hole) // 2
+    image.paste((0, 0, 0, 0), (start, start, start + hole, start + hole))
+    image.save(tmp_path / "a.png")
+    assert load_upright(tmp_path / "a.png").getpixel((16, 16)) == expected
+
+
+def test_an_error_stays_on_one_line_though_the_name_does_not(tmp_path: Path) -> None:
+    (tmp_path / "a\nb.png").touch()
+    with pytest.raises(ImageError) as caught:
+        load_upright(tmp_path / "a\nb.png")
+    assert str(caught.value).startswith("'a\\nb.png' cannot be read")
