@@ -355,7 +355,7 @@ def break_photos(photos: Path, kind: str) -> str:
 
 BROKEN: list[tuple[str, type[Exception], str]] = [
     ("cut", ImageError, r"^b\.jpg cannot be read as a picture"),
-    ("empty", DatasetError, "^no photos in .*put some of .bmp, "),
+    ("empty", DatasetError, "^no photos in .*put some of .avif, "),
     ("file", DatasetError, "is a file; give the folder"),
     ("inside a file", DatasetError, "does not exist"),
     ("missing", DatasetError, "nothing' does not exist; give a folder"),
