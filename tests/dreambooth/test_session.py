@@ -11,6 +11,7 @@ import unicodedata
 import zipfile
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -348,3 +349,14 @@ def test_photos_are_not_prepared_into_a_session_that_another_writes_to(
         thread.join()
     assert len(said) == 1
     assert [path.name for path in session.folder.iterdir()] == ["session.json"]
+
+
+@pytest.mark.parametrize("call", ["read", "write", "list"])
+def test_a_drive_that_stumbles_once_is_asked_again(flaky: Any, call: str) -> None:
+    workspace = Workspace(flaky.root)
+    session = create_session(workspace, "dog")
+    flaky.fail(call, errno.EIO, times=1)
+    with session.writing("train"):
+        session.add_run({"verb": "train"})
+    assert [run["verb"] for run in session.read_record()["runs"]] == ["train"]
+    assert flaky.slept
