@@ -42,8 +42,14 @@ format: .venv/.test-installed ## Apply the formatter and the safe fixes (never t
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-setup-test: .venv/.test-installed ## Install what the tests need beyond Python
-	@echo "The tests need no system package; .venv is ready."
+# A browser for the tests of the notebook's forms; where none can be had they are skipped by name.
+setup-test: .venv/.browser-installed ## Install what the tests need beyond Python: a browser
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	export DEBIAN_FRONTEND=noninteractive; apt-get update -qq && apt-get install -y -qq \
+	--no-install-recommends chromium chromium-driver >/dev/null || \
+	echo "No browser could be installed; the tests that need one are skipped." >&2; \
+	else echo "For the browser tests, as root: apt-get install chromium chromium-driver" >&2; fi
 
 # .cache stays as well: it may hold hours of a training script's state.
 clean: ## Remove caches, builds and demo output; .venv stays
@@ -75,3 +81,7 @@ clean: ## Remove caches, builds and demo output; .venv stays
 .venv/.test-installed: pyproject.toml .venv/.torch-installed
 	$(PIP) install --quiet -e ".[dev]"
 	@touch .venv/.demo-installed $@
+
+.venv/.browser-installed: pyproject.toml .venv/.test-installed
+	$(PIP) install --quiet -e ".[dev,browser]"
+	@touch $@

@@ -83,6 +83,7 @@ def prepare(workspace: Workspace, session_name: str, config: PrepareConfig) -> P
             pictures and `replace` is off.
         ImageError: a photo cannot be decoded.
         ModelError: the base model is not known.
+        SessionBusyError: another runtime is writing to the session.
         SessionError: the name cannot be a folder's, or the session's record is damaged.
         WorkspaceError: the pictures cannot be stored.
     """
@@ -92,6 +93,12 @@ def prepare(workspace: Workspace, session_name: str, config: PrepareConfig) -> P
     with progress(found, desc="preparing photos", unit="photos") as paths:
         photos = [_read_photo(path, shapes, config.instance_prompt) for path in paths]
     session = create_session(workspace, session_name)
+    with session.writing("prepare"):
+        return _put_in_place(session, photos, config)
+
+
+def _put_in_place(session: Session, photos: list[_Photo], config: PrepareConfig) -> Prepared:
+    """Store what is new, draw the contact sheet, and write both into the session's record."""
     stored = _store(session, photos, replace=config.replace)
     examples = load_examples(session)
     sheet = session.logs_dir / "training_pictures.png"
@@ -100,7 +107,7 @@ def prepare(workspace: Workspace, session_name: str, config: PrepareConfig) -> P
     session.update_record(
         base_model=config.base_model,
         instance_prompt=config.instance_prompt.strip(),
-        resolution=side,
+        resolution=config.side,
         buckets=config.buckets,
         pictures=fingerprint(examples),
     )

@@ -42,7 +42,7 @@ from colabtools.dreambooth.claims import (
 )
 from colabtools.errors import SessionBusyError
 from colabtools.report import get_logger
-from colabtools.storage import is_remote, workspace_error
+from colabtools.storage import is_remote, patiently, workspace_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -263,7 +263,7 @@ def _acquire(folder: Path, verb: str, take_over: bool, timing: Timing) -> Lease:
         )
         lease = Lease(folder, claim, timing)
         try:
-            lease.write()
+            patiently(lease.write, folder.parent)
             for token in taken:
                 (claims_dir(folder) / f"{token}.json").unlink(missing_ok=True)
             if is_remote(folder.parent):
@@ -280,7 +280,7 @@ def _acquire(folder: Path, verb: str, take_over: bool, timing: Timing) -> Lease:
 def _outlive(folder: Path, take_over: bool, timing: Timing) -> set[str]:
     """The tokens of claims that are dead, or are to be taken over; waits to tell where it must."""
     dead: set[str] = set()
-    first = read_claims(folder)
+    first = patiently(lambda: read_claims(folder), folder.parent)
     for token, data in first.items():
         holder = parse_claim(data)
         if holder is not None and holder.alive:

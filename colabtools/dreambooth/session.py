@@ -13,7 +13,7 @@ from colabtools.dreambooth.archive import unpack_folder
 from colabtools.dreambooth.lease import ensure_held, hold
 from colabtools.dreambooth.names import check_name
 from colabtools.errors import SessionError, WorkspaceError
-from colabtools.storage import remove_parts, workspace_error, write_atomic
+from colabtools.storage import patiently, remove_parts, workspace_error, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,13 +113,13 @@ class Session:
             WorkspaceError: the storage failed.
         """
         try:
-            text = self.record_path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return {"schema_version": SCHEMA_VERSION, "name": self.name, "runs": []}
+            text = patiently(self._read_text, self.folder)
         except UnicodeDecodeError as error:
             raise self._damaged(error) from error
         except OSError as error:
             raise workspace_error("read", self.record_path, error) from error
+        if text is None:
+            return {"schema_version": SCHEMA_VERSION, "name": self.name, "runs": []}
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -135,6 +135,12 @@ class Session:
         if not isinstance(record.get("runs"), list):
             raise self._damaged("it has no list of runs")
         return dict(record)
+
+    def _read_text(self) -> str | None:
+        try:
+            return self.record_path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
 
     def _damaged(self, why: object) -> SessionError:
         return SessionError(

@@ -11,10 +11,13 @@ import unicodedata
 import zipfile
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from colabtools.dreambooth.claims import Holder, claim_bytes, claims_dir, find_holders
+from colabtools.dreambooth.config import PrepareConfig
+from colabtools.dreambooth.dataset import prepare
 from colabtools.dreambooth.lease import hold
 from colabtools.dreambooth.session import (
     SCHEMA_VERSION,
@@ -326,3 +329,34 @@ def test_a_session_is_released_from_a_runtime_that_is_gone(workspace: Workspace)
     assert [holder.host for holder in find_holders(session.folder)] == ["colab-2"]
     assert release_session(workspace, "dog") == session
     assert find_holders(session.folder) == ()
+
+
+def test_photos_are_not_prepared_into_a_session_that_another_writes_to(
+    workspace: Workspace,
+) -> None:
+    session = create_session(workspace, "dog")
+    said: list[SessionBusyError] = []
+
+    def attempt() -> None:
+        try:
+            prepare(workspace, "dog", PrepareConfig(images="demo"))
+        except SessionBusyError as error:
+            said.append(error)
+
+    with session.writing("train"):
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+    assert len(said) == 1
+    assert [path.name for path in session.folder.iterdir()] == ["session.json"]
+
+
+@pytest.mark.parametrize("call", ["read", "write", "list"])
+def test_a_drive_that_stumbles_once_is_asked_again(flaky: Any, call: str) -> None:
+    workspace = Workspace(flaky.root)
+    session = create_session(workspace, "dog")
+    flaky.fail(call, errno.EIO, times=1)
+    with session.writing("train"):
+        session.add_run({"verb": "train"})
+    assert [run["verb"] for run in session.read_record()["runs"]] == ["train"]
+    assert flaky.slept
