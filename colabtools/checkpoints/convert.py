@@ -31,6 +31,9 @@ from colabtools.checkpoints.keymaps.families import (
     family_of_file,
     family_of_folder,
 )
+from colabtools.checkpoints.lora import is_lora, read_lora
+from colabtools.checkpoints.lora_files import convert_lora
+from colabtools.checkpoints.merging import merge_loras, read_merges
 from colabtools.checkpoints.output import FolderPlan, write_file, write_folder
 from colabtools.checkpoints.plan import (
     Target,
@@ -43,7 +46,7 @@ from colabtools.checkpoints.sources import Tensors, read_folder, read_header
 from colabtools.checkpoints.verify import WrittenFile, verify_file
 from colabtools.drive import sha256_of, write_atomic
 from colabtools.errors import CheckpointError
-from colabtools.fields import check, check_choice, check_flag
+from colabtools.fields import check, check_choice, check_flag, split_text
 from colabtools.report import get_logger
 
 if TYPE_CHECKING:
@@ -67,6 +70,8 @@ class ConvertConfig:
         parts: "all" of the model, or its "denoiser" alone.
         ema: take the average of the denoiser's weights that a training file holds beside them.
         variant: of the weight files in a folder, such as "fp16"; "auto" prefers the plain ones.
+        merge: LoRA files to add to the weights, each with its strength behind a colon if that is
+            not 1, such as "dog.safetensors:0.8".
         prediction_type: "epsilon" or "v" where the source does not say; "auto" believes the source.
         config_from: a folder in diffusers' layout whose configurations and tokenizers a new folder
             gets.
@@ -85,6 +90,7 @@ class ConvertConfig:
     parts: str = "all"
     ema: bool = False
     variant: str = "auto"
+    merge: tuple[str, ...] = ()
     prediction_type: str = "auto"
     config_from: str = ""
     fetch: bool = True
@@ -102,6 +108,9 @@ class ConvertConfig:
             check_flag(name, getattr(self, name))
         plain = isinstance(self.variant, str) and self.variant.replace("_", "").isalnum()
         check("variant", self.variant, plain, "auto or a name such as fp16")
+        object.__setattr__(self, "merge", split_text("merge", self.merge, ","))
+        texts = all(isinstance(item, str) for item in self.merge)
+        check("merge", self.merge, texts, "LoRA files")
         check("config_from", self.config_from, isinstance(self.config_from, str), "a folder")
 
 
@@ -155,7 +164,10 @@ def convert(
     """
     settings = config or ConvertConfig()
     source_path, target_path = _path(src), _path(dst)
-    source = _read(source_path, settings)
+    header = None if source_path.is_dir() else read_header(source_path)
+    if header is not None and is_lora(header):
+        return _adapter(source_path, target_path, settings)
+    source = _read(source_path, header, settings)
     if target_path.suffix.lower() in _SUFFIXES:
         targets = _single_targets(source, settings)
         if settings.verify_only:
@@ -233,21 +245,30 @@ def _path(given: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"no home folder for {text!r}; give the full path") from error
 
 
-def _read(path: Path, settings: ConvertConfig) -> _Source:
+def _adapter(src: Path, dst: Path, settings: ConvertConfig) -> WrittenModel:
+    """Convert an adapter, which has names of its own, between diffusers and the web UIs."""
+    if settings != ConvertConfig(dtype=settings.dtype):
+        raise CheckpointError(
+            f"{one_line(src)} is a LoRA, of which only the dtype can be chosen; "
+            "leave the other settings out, or name it in merge"
+        )
+    file = convert_lora(src, dst, dtype=settings.dtype)
+    return WrittenModel(path=file.path, family=read_lora(src).family, files=(file,))
+
+
+def _read(path: Path, header: Header | None, settings: ConvertConfig) -> _Source:
     """Return the model that is at a path.
 
     Raises:
         CheckpointError: it is no complete model of a family that can be converted.
     """
     variant = "" if settings.variant == "auto" else settings.variant
-    header = None
     try:
-        if path.is_dir():
+        if header is None:
             parts: Mapping[str, Tensors] = read_folder(path, variant)
             family = FAMILIES[_family(settings) or family_of_folder(parts)]
             description = describing.describe_folder(path, family, parts)
         else:
-            header = read_header(path)
             shapes = {name: entry.shape for name, entry in header.tensors.items()}
             family = FAMILIES[_family(settings) or family_of_file(shapes)]
             parts = split_parts(family, header.tensors, ema=settings.ema)
@@ -261,7 +282,11 @@ def _read(path: Path, settings: ConvertConfig) -> _Source:
     if settings.prediction_type != "auto" and family.name != "flux":
         told = _PREDICTIONS[settings.prediction_type]
         description = replace(description, prediction_type=told)
-    return _Source(path, family, _chosen(path, family, parts, settings), description, header)
+    chosen: Mapping[str, Tensors] = _chosen(path, family, parts, settings)
+    if settings.merge:
+        loras = read_merges(settings.merge, family.name)
+        chosen = merge_loras(family, chosen, loras, single=header is not None)
+    return _Source(path, family, chosen, description, header)
 
 
 def _family(settings: ConvertConfig) -> str:
