@@ -39,6 +39,14 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> list[Target]:
     return plan_plain(read_safetensors_header(path).tensors)
 
 
+@pytest.fixture(autouse=True)
+def _own_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks of this test alone, in this process and in those that it starts."""
+    folder = str(tmp_path_factory.mktemp("machine"))
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    monkeypatch.setenv("TMPDIR", folder)
+
+
 @pytest.fixture
 def target(tmp_path: Path) -> Iterator[Path]:
     """A file that is there already, and must be the only thing there at the end."""
