@@ -242,6 +242,7 @@ ALL_OPTIONS = {
         "instance_prompt": "100% my dog",
         "resolution": 128,
         "buckets": True,
+        "crop": "centre",
         "replace": True,
         "allow_resolution": True,
     },

@@ -11,6 +11,7 @@ from colabtools.errors import ConfigError
 from colabtools.fields import (
     LARGEST_SEED,
     check,
+    check_choice,
     check_flag,
     check_number,
     check_text,
@@ -39,6 +40,9 @@ class PrepareConfig:
         resolution: side of the square pictures in pixels, a multiple of 8.
         buckets: keep each photo's shape as nearly as can be: pictures of several shapes, none
             larger than the square would be.
+        crop: where a photo of another shape is cut: "subject" (what stands out from the photo's
+            border, and faces where OpenCV 4 or scikit-image can find them) or "centre"; a box
+            chosen by hand comes before either.
         replace: put the pictures in place of others that the session holds already; those are
             kept aside.
         allow_resolution: prepare at a size that the base model was not made for.
@@ -49,6 +53,7 @@ class PrepareConfig:
     instance_prompt: str = "a sks star"
     resolution: int | Auto = "auto"
     buckets: bool = False
+    crop: str = "subject"
     replace: bool = False
     allow_resolution: bool = False
 
@@ -60,6 +65,7 @@ class PrepareConfig:
         if self.resolution != "auto":
             check_whole("resolution", self.resolution, 64, _LARGEST_RESOLUTION, also=", or auto")
             check("resolution", self.resolution, self.resolution % 8 == 0, "a multiple of 8")
+        check_choice("crop", self.crop, ("subject", "centre"))
         for name in ("buckets", "replace", "allow_resolution"):
             check_flag(name, getattr(self, name))
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colabtools import images, micro
+from colabtools.dreambooth.boxes import fit_box, read_box
 from colabtools.dreambooth.buckets import bucket_shapes, bucket_step, nearest_bucket
 from colabtools.dreambooth.captions import CAPTION_SUFFIXES, check_captions
-from colabtools.dreambooth.session import create_session
+from colabtools.dreambooth.session import create_session, planned_session
 from colabtools.drive import atomic_path, sha256_of, workspace_error, write_atomic
 from colabtools.errors import ConfigError, DatasetError, ImageError, WorkspaceError
 from colabtools.report import get_logger, progress, save_grid
@@ -90,8 +91,9 @@ def prepare(workspace: Workspace, session_name: str, config: PrepareConfig) -> P
     side = config.side
     shapes = bucket_shapes(side, bucket_step(side)) if config.buckets else ((side, side),)
     found = _find_photos(config.images)
+    session = planned_session(workspace, session_name)
     with progress(found, desc="preparing photos", unit="photos") as paths:
-        photos = [_read_photo(path, shapes, config.instance_prompt) for path in paths]
+        photos = [_read_photo(path, shapes, config, session) for path in paths]
     session = create_session(workspace, session_name)
     with session.writing("prepare"):
         return _put_in_place(session, photos, config)
@@ -143,12 +145,40 @@ def _pictures_in(folder: Path) -> Iterable[Path]:
     return (path for path in found if path.is_file() and not path.name.startswith("."))
 
 
-def _read_photo(path: Path, shapes: Sequence[tuple[int, int]], instance_prompt: str) -> _Photo:
-    caption = _first_caption(_sidecars(path)) or instance_prompt.strip()
+def _read_photo(
+    path: Path, shapes: Sequence[tuple[int, int]], config: PrepareConfig, session: Session
+) -> _Photo:
+    caption = _first_caption(_sidecars(path)) or config.instance_prompt.strip()
     photo = images.load_upright(path)
-    picture = images.fit(photo, *nearest_bucket(*photo.size, shapes))
+    shape = nearest_bucket(*photo.size, shapes)
+    picture = images.cut(photo, _choose_crop(path, photo, shape, config, session), shape)
     photo.thumbnail((2 * _SHEET_CELL_PX, 2 * _SHEET_CELL_PX))
     return _Photo(stem=path.stem, caption=caption, picture=picture, thumbnail=photo)
+
+
+def _choose_crop(
+    path: Path,
+    photo: Image.Image,
+    shape: tuple[int, int],
+    config: PrepareConfig,
+    session: Session,
+) -> images.Box:
+    """Return the part of a photo to keep: as chosen by hand, else where its subject is."""
+    chosen = read_box(path, session)
+    if chosen is not None and chosen[1] == photo.size:
+        return fit_box(*chosen, shape)
+    if chosen is not None:
+        get_logger(__name__).warning(
+            "the crop that was chosen for %s is of a photo of %d x %d, and this one is %d x %d; "
+            "it is left out",
+            path.name,
+            *chosen[1],
+            *photo.size,
+        )
+    if config.crop == "centre":
+        return images.centre_crop(photo, *shape)
+    faces = images.find_faces(photo) if photo.width * shape[1] != photo.height * shape[0] else ()
+    return images.find_crop(photo, *shape, faces=faces)
 
 
 def _sidecars(path: Path) -> list[Path]:

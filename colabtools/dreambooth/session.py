@@ -28,6 +28,7 @@ __all__ = [
     "find_session",
     "now_text",
     "open_session",
+    "planned_session",
     "release_session",
     "session_names",
 ]
@@ -179,10 +180,7 @@ def create_session(workspace: Workspace, name: str) -> Session:
         SessionError: the name cannot be a folder's, or the session's record is damaged.
         WorkspaceError: the folder cannot be made; nothing is left of it.
     """
-    session = _find(workspace, name)
-    if session is None:
-        name = check_name(name)
-        session = Session(name, workspace.sessions_dir / name)
+    session = planned_session(workspace, name)
     if session.record_path.exists():
         session.read_record()
         return session
@@ -231,6 +229,20 @@ def find_session(workspace: Workspace, name: str) -> Session:
         f"no session {name!r} in {workspace.sessions_dir}; "
         f"there {'is ' + ', '.join(there) if there else 'are none'}, run prepare first"
     )
+
+
+def planned_session(workspace: Workspace, name: str) -> Session:
+    """The session of this name, whose folder need not be there yet.
+
+    Raises:
+        SessionError: the name cannot be a folder's.
+        WorkspaceError: the folder of the sessions cannot be read.
+    """
+    session = _find(workspace, name)
+    if session is None:
+        name = check_name(name)
+        session = Session(name, workspace.sessions_dir / name)
+    return session
 
 
 def session_names(workspace: Workspace) -> list[str]:

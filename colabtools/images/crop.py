@@ -10,15 +10,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     import numpy.typing as npt
     from PIL import Image
 
     Floats: TypeAlias = npt.NDArray[np.float32]
 
-__all__ = ["Box", "cut", "find_crop", "fit", "square"]
+__all__ = ["Box", "FaceBox", "centre_crop", "cut", "find_crop", "fit", "square"]
 
 Box: TypeAlias = "tuple[int, int, int, int]"  # left, top, right, bottom in pixels
+FaceBox: TypeAlias = "tuple[float, float, float, float]"  # the same, and not in whole pixels
 
 # Side of the picture that is searched. More pixels find nothing else and cost time.
 _SEARCHED_PX = 96
@@ -26,13 +29,14 @@ _BORDER_PX = 3
 _GROUPS = 6
 _ROUNDS = 8
 # A colour that is rare at the border is rather a subject that reaches it: up to this much distance
-# (CIE L*a*b*) is added for it.
-_RARE = 12.0
-# Below this distance a pixel is background, beyond the other its distance counts no further: a
-# small glaring spot is not the subject.
-_LEAST, _MOST = 8.0, 50.0
-# Windows whose score is this near to the best are as good; the middle of them is kept.
-_NEAR = 0.96
+# (CIE L*a*b*) is added for one, which falls off with its share of the border.
+_RARE, _RARE_SHARE = 6.0, 0.1
+# What is twice as far from the border's colours counts nearly three times as much.
+_CONTRAST = 1.5
+# What the outermost window costs against the middle one, and how near to the best another is as
+# good, in parts of all that is remarkable.
+_CENTRE_BONUS = _NEAR = 0.02
+_FACE = 0.5
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
@@ -41,14 +45,17 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Return the largest centred part of a picture that has this shape, as `width` x `height`.
+    """Return the largest centred part of a picture that has this shape, as `width` x `height`."""
+    return cut(image, centre_crop(image, width, height), (width, height))
 
-    The part has whole pixels of the picture's own resolution and is resized once (Lanczos).
+
+def centre_crop(image: Image.Image, width: int, height: int) -> Box:
+    """Return the largest centred part of a picture that has the shape of `width` : `height`.
+
+    It has whole pixels: half a pixel of shift would blur a picture that need not be resized.
     """
     part = _largest(image.size, width / height)
-    # Whole pixels: half a pixel of shift would blur a picture that need not be resized.
-    box = _at(part, (image.width - part[0]) // 2, (image.height - part[1]) // 2)
-    return cut(image, box, (width, height))
+    return _at(part, (image.width - part[0]) // 2, (image.height - part[1]) // 2)
 
 
 def cut(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
@@ -58,11 +65,17 @@ def cut(image: Image.Image, box: Box, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS, box)
 
 
-def find_crop(image: Image.Image, width: int, height: int) -> Box:
+def find_crop(image: Image.Image, width: int, height: int, *, faces: Sequence[FaceBox] = ()) -> Box:
     """Return the part of an RGB picture to keep for a shape of `width` : `height`.
 
     It is the largest that has this shape, so it can move in one direction only, and is put where it
     holds most of the subject. Where nothing stands out, or nothing can move, it is centred.
+
+    Args:
+        image: upright.
+        width: of the shape.
+        height: of the shape.
+        faces: boxes in pixels; each weighs half as much as all that stands out, so it stays in.
     """
     part = _largest(image.size, width / height)
     rooms = (image.width - part[0], image.height - part[1])
@@ -70,7 +83,11 @@ def find_crop(image: Image.Image, width: int, height: int) -> Box:
         return _at(part, 0, 0)
     along = 0 if rooms[0] else 1
     share = part[along] / image.size[along]
-    start = round(_best_start(_profile(image, along), share) * image.size[along])
+    profile = _profile(image, along)
+    profile = profile + _faces_profile(len(profile), image.size[along], faces, along) * (
+        max(float(profile.sum()), 1.0)
+    )
+    start = round(_best_start(profile, share) * image.size[along])
     start = min(max(start, 0), rooms[along])
     return _at(part, start, 0) if along == 0 else _at(part, 0, start)
 
@@ -93,6 +110,19 @@ def _profile(image: Image.Image, along: int) -> Floats:
         lab = lab.swapaxes(0, 1)
     sums: Floats = _remarkable(lab).sum(axis=0)
     return sums
+
+
+def _faces_profile(count: int, length: int, faces: Sequence[FaceBox], along: int) -> Floats:
+    """Return how much of the faces is in each of `count` columns or rows; each face is a half."""
+    import numpy as np
+
+    edges = np.linspace(0, length, count + 1)
+    held = np.zeros(count, dtype=np.float32)
+    for face in faces:
+        begin, end = face[along], face[along + 2]
+        covered = np.minimum(edges[1:], end) - np.maximum(edges[:-1], begin)
+        held += _FACE * covered.clip(0) / max(end - begin, 1.0)
+    return held
 
 
 def _small_lab(image: Image.Image) -> Floats:
@@ -132,10 +162,10 @@ def _remarkable(lab: Floats) -> Floats:
     edges = [lab[:n], lab[-n:], lab[:, :n], lab[:, -n:]]
     border = np.concatenate([edge.reshape(-1, 3) for edge in edges])
     centres, shares = _group(border)
-    extra = _RARE * np.clip(1 - shares * _GROUPS, 0, 1)
+    extra = _RARE * np.exp(-shares / _RARE_SHARE)
     nearest = (_distances(lab.reshape(-1, 3), centres) + extra).min(axis=1)
-    clipped: Floats = np.clip(nearest - _LEAST, 0, _MOST - _LEAST).reshape(lab.shape[:2])
-    return clipped
+    counted: Floats = ((nearest - nearest.min()) ** _CONTRAST).reshape(lab.shape[:2])
+    return counted
 
 
 def _distances(colours: Floats, centres: Floats) -> Floats:
@@ -173,12 +203,19 @@ def _best_start(profile: Floats, share: float) -> float:
     import numpy as np
 
     room = 1 - share
-    if profile.sum() <= 0:
+    whole = float(profile.sum())
+    if whole <= 0:
         return room / 2
-    sums = np.concatenate([[0.0], np.cumsum(profile)])
+    sums = np.concatenate([[0.0], np.cumsum(profile)]) / whole
     places = np.arange(len(sums)) / len(profile)
     starts = np.linspace(0, room, 2 * len(profile) + 1)
     held = np.interp(starts + share, places, sums) - np.interp(starts, places, sums)
-    # What is equally good lies together nearly always; where not, its middle holds both halves.
-    good = starts[held >= _NEAR * held.max()]
-    return float(good.min() + good.max()) / 2
+    held = held - _CENTRE_BONUS * np.linspace(-1, 1, len(starts)) ** 2
+    # Only the run of places around the best: the middle between two subjects holds neither.
+    first = last = int(held.argmax())
+    good = held >= held[first] - _NEAR
+    while first > 0 and good[first - 1]:
+        first -= 1
+    while last < len(starts) - 1 and good[last + 1]:
+        last += 1
+    return float(starts[first] + starts[last]) / 2

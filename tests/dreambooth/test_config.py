@@ -62,6 +62,7 @@ REFUSED: list[tuple[type[Any], str, list[Any]]] = [
     (PrepareConfig, "allow_resolution", NOT_FLAGS),
     (PrepareConfig, "base_model", ["", " ", None]),
     (PrepareConfig, "buckets", NOT_FLAGS),
+    (PrepareConfig, "crop", ["", "center", None, 3]),
     (PrepareConfig, "images", NOT_NAMES),
     (PrepareConfig, "instance_prompt", NOT_NAMES),
     (PrepareConfig, "replace", NOT_FLAGS),

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from colabtools import images, micro
-from colabtools.dreambooth import dataset
+from colabtools.dreambooth import boxes, dataset
 from colabtools.dreambooth.config import PrepareConfig
 from colabtools.dreambooth.dataset import (
     Example,
@@ -597,3 +597,39 @@ def test_the_fingerprint_changes_with_all_that_is_trained(tmp_path: Path, change
         second = Example(second.path, "a cat", (90, 70))
     after = (first,) if change == "count" else (first, second)
     assert fingerprint(after) != before
+
+
+def disc(folder: Path, name: str, place: float) -> Path:
+    """A wide photo with a red disc at a part of its width."""
+    picture = Image.new("RGB", (300, 100), (90, 140, 200))
+    x = round(300 * place)
+    ImageDraw.Draw(picture).ellipse((x - 20, 30, x + 20, 70), fill=(200, 30, 40))
+    picture.save(folder / name)
+    return folder / name
+
+
+def red_share(path: Path) -> float:
+    pixels = np.asarray(images.load_upright(path), dtype=int)
+    return float((pixels[..., 0] - pixels[..., 2] > 60).mean())
+
+
+def test_the_subject_is_cut_out_and_not_the_middle(workspace: Workspace, photos: Path) -> None:
+    disc(photos, "a.png", 0.85)
+    (example,) = prepare_photos(workspace, photos).examples
+    assert red_share(example.path) == pytest.approx(0.125, abs=0.02)
+    (example,) = prepare_photos(workspace, photos, crop="centre", replace=True).examples
+    assert red_share(example.path) == 0
+
+
+def test_a_crop_chosen_by_hand_comes_before_the_subject(
+    workspace: Workspace, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photo = disc(photos, "a.png", 0.85)
+    session = prepare_photos(workspace, photos).session
+    boxes.write_box(photo, session, (0, 0, 100, 100), (300, 100))
+    (example,) = prepare_photos(workspace, photos, replace=True).examples
+    assert red_share(example.path) == 0
+    boxes.write_box(photo, session, (0, 0, 100, 100), (600, 200))
+    (example,) = prepare_photos(workspace, photos, replace=True).examples
+    assert red_share(example.path) > 0.1
+    assert "the crop that was chosen for a.png is of a photo of 600 x 200" in caplog.text

@@ -33,6 +33,7 @@ CHANGED: dict[str, tuple[Any, str]] = {
     "caption_dropout": (0.1, "train.caption_dropout"),
     "class_name": ("dog", "evaluate.class_name"),
     "class_prompt": ("a photo of a dog", "train.class_prompt"),
+    "crop": ("centre", "prepare.crop"),
     "disconnect_when_done": (True, "export.disconnect"),
     "export_dtype": ("bf16", "export.dtype"),
     "export_formats": (("ckpt",), "export.formats"),
