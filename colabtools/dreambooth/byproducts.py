@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 from colabtools.checkpoints.headers import read_safetensors_header
 from colabtools.dreambooth.export import step_file, write_step_file
-from colabtools.errors import CheckpointError, ImageError, ModelError, SessionError
+from colabtools.errors import (
+    CheckpointError,
+    ImageError,
+    ModelError,
+    SessionBusyError,
+    SessionError,
+)
 from colabtools.report import get_logger
 
 if TYPE_CHECKING:
@@ -21,9 +27,15 @@ __all__ = ["ensure_step_files", "spared"]
 
 @contextmanager
 def spared(what: str) -> Iterator[None]:
-    """Let a run go on where something beside its states cannot be written, and say so."""
+    """Let a run go on where something beside its states cannot be written, and say so.
+
+    Raises:
+        SessionBusyError: another runtime took the session over.
+    """
     try:
         yield
+    except SessionBusyError:
+        raise
     except (OSError, CheckpointError, ImageError, ModelError, SessionError) as error:
         get_logger(__name__).warning("%s could not be written: %s", what, error)
 

@@ -59,16 +59,23 @@ def train(workspace: Workspace, session_name: str, config: TrainConfig) -> Train
         ConfigError: the settings contradict each other, the base model, or the session's own run.
         DatasetError: the session has no training pictures, or their captions are wrong.
         ModelError: the base model cannot be loaded.
+        SessionBusyError: another runtime is writing to the session, or took it over.
         SessionError: there is no such session.
         TrainingError: numbers or memory fail even after going back once.
         WorkspaceError: there is no room for the states and the result.
     """
     session = open_session(workspace, session_name)
     plan = plan_training(config)
+    world = join_world()
+    with session.writing("train", lead=world.is_main):
+        return _train(session, plan, world)
+
+
+def _train(session: Session, plan: TrainPlan, world: World) -> Trained:
+    config = plan.config
     examples = load_examples(session)
     check_examples(session, examples, strict=config.strict_captions)
     check_run(plan, examples)
-    world = join_world()
     monitor = Monitor(session, plan)
     description = _describe(plan, examples, world)
     # Starting over must be possible where every state is damaged.
