@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verbs, shared)
     _add_demo(verbs, shared)
     _add_convert(verbs, shared)
+    _add_inspect(verbs, shared)
     _add_dreambooth(verbs, shared)
     return parser
 
@@ -133,6 +134,22 @@ def _add_convert(verbs: Any, shared: argparse.ArgumentParser) -> None:
     def call(args: argparse.Namespace) -> None:
         settings = {field.name: getattr(args, field.name) for field in fields(ConvertConfig)}
         _print(convert(args.src, args.dst, ConvertConfig(**settings)).path)
+
+    verb.set_defaults(run=call)
+
+
+def _add_inspect(verbs: Any, shared: argparse.ArgumentParser) -> None:
+    text = "say what a model file or folder is, without loading it"
+    verb = verbs.add_parser("inspect", parents=[shared], help=text, description=text)
+    text = "a .safetensors, .ckpt, .pt or .bin file, or a folder"
+    verb.add_argument("file", metavar="FILE", help=text)
+    verb.add_argument("--json", action="store_true", help="as JSON")
+
+    def call(args: argparse.Namespace) -> None:
+        from colabtools.checkpoints.inspect import inspect as inspect_weights
+
+        found = inspect_weights(args.file)
+        _print(found.to_json() if args.json else found.table())
 
     verb.set_defaults(run=call)
 
