@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(verbs, shared)
     _add_convert(verbs, shared)
     _add_session(verbs, shared)
+    _add_inspect(verbs, shared)
     _add_dreambooth(verbs, shared)
     return parser
 
@@ -179,6 +180,22 @@ def _add_session(verbs: Any, shared: argparse.ArgumentParser) -> None:
     add("empty-trash", _session_empty_trash, "remove deleted sessions for good")
     text = "take a session from a runtime on another machine that is gone for good"
     add("release", _session_release, text, "NAME")
+
+
+def _add_inspect(verbs: Any, shared: argparse.ArgumentParser) -> None:
+    text = "say what a model file or folder is, without loading it"
+    verb = verbs.add_parser("inspect", parents=[shared], help=text, description=text)
+    text = "a .safetensors, .ckpt, .pt or .bin file, or a folder"
+    verb.add_argument("file", metavar="FILE", help=text)
+    verb.add_argument("--json", action="store_true", help="as JSON")
+
+    def call(args: argparse.Namespace) -> None:
+        from colabtools.checkpoints.inspect import inspect as inspect_weights
+
+        found = inspect_weights(args.file)
+        _print(found.to_json() if args.json else found.table())
+
+    verb.set_defaults(run=call)
 
 
 def _add_dreambooth(verbs: Any, shared: argparse.ArgumentParser) -> None:
