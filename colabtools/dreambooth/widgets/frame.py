@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from PIL import Image
+
 __all__ = [
     "Later",
     "Strip",
@@ -25,6 +27,7 @@ __all__ = [
     "is_watched",
     "note",
     "picture_bytes",
+    "png_bytes",
     "show",
     "title",
     "toolkit",
@@ -129,6 +132,11 @@ def picture_bytes(path: Path, side: int) -> bytes:
     except ImageError:
         picture = Image.new("RGB", (side, side), "grey")
     picture.thumbnail((side, side))
+    return png_bytes(picture)
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """A picture as a PNG file."""
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return buffer.getvalue()
@@ -206,6 +214,11 @@ class Later:
             self.flush()
             return
         loop.call_later(self._delay_s, self._take_turn, turn)
+
+    def cancel(self) -> None:
+        """Do not act."""
+        with self._lock:
+            self.waiting = False
 
     def _take_turn(self, turn: int) -> None:
         if turn == self._turn:
