@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from dataclasses import dataclass
 from itertools import permutations
 from typing import TYPE_CHECKING
@@ -13,14 +15,20 @@ from colabtools.report import get_logger
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Set
     from pathlib import Path
 
 __all__ = [
     "CAPTION_SUFFIXES",
+    "CaptionFaults",
     "CaptionRules",
     "check_captions",
     "every_form",
+    "fill_template",
+    "find_faults",
+    "index_captions",
+    "name_subject",
+    "read_caption",
     "subject_of",
     "vary",
 ]
@@ -33,6 +41,35 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 _MOST_SHUFFLED = 64
 _MOST_NAMES = 5
 _ARTICLES = frozenset({"a", "an", "one", "the"})
+_PLACEHOLDER = re.compile(r"\{(token|class)\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionFaults:
+    """What is wrong with the captions of some pictures, by the names of files.
+
+    Attributes:
+        missing: pictures without a caption file.
+        empty: caption files without words, of pictures that have no other with words.
+        orphan: caption files of no picture.
+    """
+
+    missing: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
+    orphan: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether anything is wrong."""
+        return bool(self.missing or self.empty or self.orphan)
+
+    def __str__(self) -> str:
+        """All faults on one line, long lists cut."""
+        sentences = (
+            _sentence("without a caption", self.missing),
+            _sentence("empty", self.empty),
+            _sentence("of no picture", self.orphan),
+        )
+        return "; ".join(filter(None, sentences))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,22 +143,110 @@ def check_captions(pictures: Iterable[Path], captions_dir: Path, *, strict: bool
         DatasetError: a caption file cannot be read as UTF-8; with `strict`, also a caption that is
             missing, empty, or of no picture.
     """
-    stems = {path.stem: path for path in pictures}
-    files = _caption_files(captions_dir)
-    filled = {path.stem for path in files if not _is_empty(path)}
-    with_file = {path.stem for path in files}
-    problems = [
-        _sentence("without a caption", [p.name for s, p in stems.items() if s not in with_file]),
-        _sentence("empty", [p.name for p in files if p.stem in stems and p.stem not in filled]),
-        _sentence("of no picture", [p.name for p in files if p.stem not in stems]),
-    ]
-    found = "; ".join(filter(None, problems))
-    if not found:
+    faults = find_faults(pictures, captions_dir)
+    if not faults:
         return
-    message = f"captions in {captions_dir}: {found}"
+    message = f"captions in {captions_dir}: {faults}"
     if strict:
         raise DatasetError(f"{message}; write, rename or remove these files, or turn strict off")
     get_logger(__name__).warning("%s", message)
+
+
+def find_faults(pictures: Iterable[Path], *folders: Path) -> CaptionFaults:
+    """Return which pictures lack a caption, and which caption files say nothing or are of none.
+
+    Raises:
+        DatasetError: a caption file cannot be read as UTF-8.
+    """
+    names = {_key(path.stem): path.name for path in pictures}
+    captions = index_captions(*folders)
+    filled = {stem for stem, files in captions.items() if any(map(read_caption, files))}
+    return CaptionFaults(
+        missing=tuple(name for stem, name in names.items() if stem not in captions),
+        empty=_file_names(captions, names.keys() - filled),
+        orphan=_file_names(captions, captions.keys() - names.keys()),
+    )
+
+
+def _file_names(captions: dict[str, list[Path]], stems: Set[str]) -> tuple[str, ...]:
+    return tuple(path.name for stem in captions if stem in stems for path in captions[stem])
+
+
+def index_captions(*folders: Path) -> dict[str, list[Path]]:
+    """Return the caption files of folders by the stem of their picture, the first to read first.
+
+    A Mac spells the same name with other characters, so stems are composed (NFC). Hidden files
+    are what a Mac or Drive leaves there.
+
+    Raises:
+        DatasetError: a folder that is there cannot be read.
+    """
+    index: dict[str, list[Path]] = {}
+    for folder in folders:
+        try:
+            found = list(folder.iterdir()) if folder.is_dir() else []
+        except OSError as error:
+            raise DatasetError(
+                f"captions in {folder} cannot be read ({error}); check the folder"
+            ) from error
+        files = [path for path in found if _is_caption(path)]
+        order = CAPTION_SUFFIXES.index
+        for path in sorted(files, key=lambda path: (path.stem, order(path.suffix.lower()))):
+            index.setdefault(_key(path.stem), []).append(path)
+    return index
+
+
+def _is_caption(path: Path) -> bool:
+    hidden = path.name.startswith(".")
+    return path.suffix.lower() in CAPTION_SUFFIXES and not hidden and path.is_file()
+
+
+def _key(stem: str) -> str:
+    return unicodedata.normalize("NFC", stem)
+
+
+def read_caption(path: Path) -> str:
+    """Return the text of a caption file on one line.
+
+    Raises:
+        DatasetError: it cannot be read as UTF-8.
+    """
+    try:
+        # Notepad begins its files with a byte order mark.
+        return " ".join(path.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(
+            f"caption {path} cannot be read ({error}); save it as UTF-8 text"
+        ) from error
+
+
+def fill_template(template: str, token: str, class_name: str) -> str:
+    """Return a prompt on one line: "a {token} {class}" with both words in place.
+
+    The words go in as they are, digits, hyphens and letters of any script; other braces stay.
+    """
+    words = {"token": token, "class": class_name}
+    return " ".join(_PLACEHOLDER.sub(lambda match: words[match[1]], template).split())
+
+
+def name_subject(description: str, prompt: str, token: str, class_name: str) -> str:
+    """Return a description that names the subject: "a dog on grass" as "a sks dog on grass".
+
+    Where it does not speak of the class, it follows the prompt: "a sks dog, two paws on grass".
+
+    Args:
+        description: what is to be seen in a picture.
+        prompt: names the subject by itself.
+        token: the word that stands for the subject.
+        class_name: what the subject is one of.
+    """
+    words = [rf"(?<!\w){re.escape(part)}(?!\w)" for part in (token, class_name)]
+    if not re.search(words[0], description, re.IGNORECASE):
+        named, count = re.subn(
+            words[1], lambda match: f"{token} {match[0]}", description, count=1, flags=re.IGNORECASE
+        )
+        description = named if count else ", ".join(filter(None, (prompt, description)))
+    return " ".join(description.split())
 
 
 def _split(caption: str, rules: CaptionRules) -> tuple[list[str], list[str]]:
@@ -138,30 +263,7 @@ def _join(tags: list[str], rules: CaptionRules) -> str:
     return f"{rules.separator} ".join(tags)
 
 
-def _caption_files(folder: Path) -> list[Path]:
-    """Return the caption files of a folder; hidden ones are what a Mac or Drive leaves there."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in CAPTION_SUFFIXES
-        and path.is_file()
-        and not path.name.startswith(".")
-    )
-
-
-def _is_empty(path: Path) -> bool:
-    try:
-        # Notepad begins its files with a byte order mark.
-        return not path.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(
-            f"caption {path} cannot be read ({error}); save it as UTF-8 text"
-        ) from error
-
-
-def _sentence(fault: str, names: list[str]) -> str:
+def _sentence(fault: str, names: tuple[str, ...]) -> str:
     if not names:
         return ""
     shown = ", ".join(names[:_MOST_NAMES])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import random
+import unicodedata
 from itertools import permutations
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from colabtools.dreambooth.captions import (
     CaptionRules,
     check_captions,
     every_form,
+    fill_template,
+    find_faults,
+    index_captions,
+    name_subject,
+    read_caption,
     subject_of,
     vary,
 )
@@ -188,3 +194,55 @@ def test_a_caption_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 )
 def test_token_and_class_are_read_from_the_prompt(prompt: str, token: str, class_name: str) -> None:
     assert subject_of(prompt) == (token, class_name)
+
+
+def test_faults_are_listed_whole_and_by_kind(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "captions", **FAULTY)
+    faults = find_faults(PICTURES, folder)
+    assert (faults.missing, faults.empty, faults.orphan) == (
+        ("bare.jpg",),
+        ("two.txt",),
+        ("lost.txt",),
+    )
+    assert faults
+    (folder / "bare.txt").write_text("a sks star")
+    (folder / "two.txt").write_text("a sks star")
+    (folder / "lost.txt").unlink()
+    assert not find_faults(PICTURES, folder)
+
+
+def test_captions_beside_the_photo_come_before_those_of_a_folder(tmp_path: Path) -> None:
+    beside = make_folder(tmp_path / "photos", one="beside")
+    folder = make_folder(beside / "captions", one="folder", two="only here")
+    (beside / "one.CAPTION").write_text("second")
+    index = index_captions(beside, folder, tmp_path / "not there")
+    assert [read_caption(path) for path in index["one"]] == ["beside", "second", "folder"]
+    assert [read_caption(path) for path in index["two"]] == ["only here"]
+    assert find_faults([Path("one.png"), Path("two.png")], beside, folder) == find_faults([])
+
+
+def test_a_name_that_a_mac_spells_otherwise_is_the_same_picture(tmp_path: Path) -> None:
+    decomposed = unicodedata.normalize("NFD", "müsli")
+    folder = make_folder(tmp_path / "captions", **{decomposed: "a bowl"})
+    assert not find_faults([Path("müsli.png")], folder)
+
+
+@pytest.mark.parametrize("token", ["sks", "r2-d2", "犬犬", "weiß42", "{class}", r"\1", "o'neil"])
+def test_a_token_goes_into_a_template_as_it_is(token: str) -> None:
+    assert fill_template("a {token} {class},  {x}", token, "dog") == f"a {token} dog, {{x}}"
+    named = name_subject("A dog and a dog", "unused", token, "dog")
+    assert named == f"A {token} dog and a dog"
+
+
+@pytest.mark.parametrize(
+    ("description", "expected"),
+    [
+        ("a Toy Car on grass", "a r2-d2 Toy Car on grass"),
+        ("toy cars on grass", "a r2-d2 toy car, toy cars on grass"),
+        ("two paws", "a r2-d2 toy car, two paws"),
+        ("the R2-D2 toy car", "the R2-D2 toy car"),
+        ("", "a r2-d2 toy car"),
+    ],
+)
+def test_a_description_is_made_to_name_the_subject(description: str, expected: str) -> None:
+    assert name_subject(description, "a r2-d2 toy car", "r2-d2", "toy car") == expected
