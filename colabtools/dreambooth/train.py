@@ -73,6 +73,8 @@ def train(workspace: Workspace, session_name: str, config: TrainConfig) -> Train
 
 def _train(session: Session, plan: TrainPlan, world: World) -> Trained:
     config = plan.config
+    # The first process may have unpacked the pictures of an older session just now.
+    world.wait()
     examples = load_examples(session)
     check_examples(session, examples, strict=config.strict_captions)
     check_run(plan, examples)
