@@ -62,7 +62,10 @@ def test_a_folder_and_the_file_made_of_it_are_the_same_model(
 
 KINDS: dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, str, str]]] = {
     "controlnet": (
-        {"control_model.input_hint_block.0.weight": (1, 3), "control_model.a.attn2.to_k.weight": (4, 768)},
+        {
+            "control_model.input_hint_block.0.weight": (1, 3),
+            "control_model.a.attn2.to_k.weight": (4, 768),
+        },
         ("controlnet", "sd1", "none"),
     ),
     "embedding": ({"emb_params": (2, 768)}, ("embedding", "sd1", "none")),
