@@ -27,7 +27,9 @@ PICKLES: dict[str, bytes] = {
     "deep tuples": b"\x80\x02)" + b"\x85" * 400_000 + b".",
     "huge text": b"\x80\x02X\xff\xff\xff\xff.",
     "lists in themselves": b"\x80\x02]q\x00" + b"h\x00a" * 100_000 + b".",
-    "laughs": b"\x80\x02]" + b"".join(b"q%c](h%ch%ch%ch%ch%ce" % ((n,) * 6) for n in range(99)) + b".",
+    "laughs": b"\x80\x02]"
+    + b"".join(b"q%c](h%ch%ch%ch%ch%ce" % ((n,) * 6) for n in range(99))
+    + b".",
     "many steps": b"\x80\x02" + b"N" * 2_000_000 + b".",
     "memo far away": b"\x80\x02Nr\xff\xff\xff\xff.",
     "named by text": b"(S'touch canary'\niposix\nsystem\n.",
