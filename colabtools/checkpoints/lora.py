@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from colabtools.checkpoints.lora_names import LayerKey
     from colabtools.checkpoints.sources import Tensor
 
-__all__ = ["PEFT_METADATA", "Lora", "is_lora", "read_lora"]
+__all__ = ["PEFT_METADATA", "Lora", "is_lora", "lora_from", "read_lora"]
 
 # Source: diffusers 0.42.1, loaders/lora_base.py, LORA_ADAPTER_METADATA_KEY.
 PEFT_METADATA = "lora_adapter_metadata"
@@ -72,7 +72,16 @@ def read_lora(path: Path, family: str = "auto") -> Lora:
     Raises:
         CheckpointError: it is damaged, unsafe, no LoRA, or for another family of models.
     """
-    header = read_header(path)
+    return lora_from(read_header(path), family)
+
+
+def lora_from(header: Header, family: str = "auto") -> Lora:
+    """Return what the tensors of a header are as an adapter; see `read_lora`.
+
+    Raises:
+        CheckpointError: they are no LoRA, or one for another family of models.
+    """
+    path = header.path
     try:
         keys = {name: parse_key(name) for name in header.tensors}
         if not keys:

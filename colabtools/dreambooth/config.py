@@ -260,7 +260,8 @@ class ExportConfig:
     """Files to write from the trained session.
 
     Attributes:
-        formats: any of "safetensors" and "ckpt"; a text with commas is split.
+        formats: any of "safetensors" and "ckpt", for the whole model, and "lora", for the adapters
+            alone by the names that web UIs have for them; a text with commas is split.
         dtype: of every tensor in the file, one of "fp16", "bf16" and "fp32".
         step: write the weights that were saved at this step, as `<session>_step_<n>`; 0 for the
             newest.
@@ -268,7 +269,7 @@ class ExportConfig:
     """
 
     DTYPES: ClassVar[tuple[str, ...]] = ("fp16", "bf16", "fp32")
-    FORMATS: ClassVar[tuple[str, ...]] = ("safetensors", "ckpt")
+    FORMATS: ClassVar[tuple[str, ...]] = ("safetensors", "ckpt", "lora")
 
     formats: tuple[str, ...] = ("safetensors",)
     dtype: str = "fp16"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 from colabtools import env
 from colabtools.checkpoints.convert import WrittenFile, write_single
 from colabtools.checkpoints.description import Description, describe_folder
+from colabtools.checkpoints.headers import Header, TensorEntry
 from colabtools.checkpoints.keymaps.families import FAMILIES, FamilyMap
+from colabtools.checkpoints.lora import PEFT_METADATA, lora_from
+from colabtools.checkpoints.lora_files import write_lora
 from colabtools.checkpoints.plan import Target, plan_single
 from colabtools.checkpoints.sources import (
     Tensors,
@@ -71,14 +75,19 @@ def _write_files(workspace: Workspace, session: Session, config: ExportConfig) -
             session.name,
             weights.step,
         )
-    targets, description = _model(weights, config.dtype)
-    size_bytes = sum(target.size_bytes for target in targets)
-    workspace.ensure_space(round(1.05 * size_bytes) * len(config.formats), "the exported model")
     stem = step_file(session, weights).stem if config.step else session.name
-    metadata = _metadata(session, weights)
     written: list[WrittenFile] = []
-    for name in config.formats:
+    if "lora" in config.formats:
+        path = session.folder / f"{stem}_lora.safetensors"
+        written.append(_write_lora(session, weights, path, config.dtype))
+    whole = [name for name in config.formats if name != "lora"]
+    if whole:
+        targets, description = _model(weights, config.dtype)
+        size_bytes = sum(target.size_bytes for target in targets)
+        workspace.ensure_space(round(1.05 * size_bytes) * len(whole), "the exported model")
+    for name in whole:
         path = session.folder / f"{stem}.{name}"
+        metadata = _metadata(session, weights)
         written += write_single(path, targets, description, metadata).files
     digests = {file.path.name: file.sha256 for file in written}
     session.add_run({**asdict(config), "verb": "export", "step": weights.step, "sha256": digests})
@@ -90,23 +99,53 @@ def step_file(session: Session, weights: Saved) -> Path:
     return session.folder / f"{session.name}_step_{weights.step}.safetensors"
 
 
-def write_step_file(session: Session, weights: Saved) -> Path | None:
+def write_step_file(session: Session, weights: Saved) -> Path:
     """Write `<session>_step_<n>.safetensors` of a saved state, in fp16.
 
-    Returns None where adapters are trained: merged, each would be as large as the model, and the
-    state with them is kept all the same.
+    It is the whole model, or of adapters these alone by the names that web UIs have for them.
 
     Raises:
         CheckpointError: a tensor is not finite in fp16, or the state is damaged.
         ModelError: the base model cannot be had.
         WorkspaceError: the file cannot be written.
     """
-    if any(name.endswith(_LORA) for name in weights.trained):
-        return None
-    targets, description = _model(weights, "fp16")
     path = step_file(session, weights)
-    write_single(path, targets, description, _metadata(session, weights))
+    if any(name.endswith(_LORA) for name in weights.trained):
+        _write_lora(session, weights, path, "fp16")
+    else:
+        targets, description = _model(weights, "fp16")
+        write_single(path, targets, description, _metadata(session, weights))
     return path
+
+
+def _write_lora(session: Session, weights: Saved, path: Path, dtype: str) -> WrittenFile:
+    """Write the adapters of a state by kohya's names.
+
+    Raises:
+        CheckpointError: every weight was trained, or the state is damaged.
+        WorkspaceError: the file cannot be written.
+    """
+    names = [name for name in weights.trained if name.endswith(_LORA)]
+    if not names:
+        raise CheckpointError(
+            f"session {session.name!r} was trained whole and has no adapters; export it as "
+            "safetensors or ckpt, or train with method lora"
+        )
+    if damage := weights.damage():
+        raise CheckpointError(f"{damage}; train the session again with resume set to never")
+    tensors: dict[str, TensorEntry] = {}
+    settings: dict[str, Any] = {}
+    for stem in names:
+        part, shape = stem.removesuffix(_LORA), weights.manifest["adapters"][stem]
+        fields = {"r": "rank", "lora_alpha": "alpha", "use_dora": "use_dora"}
+        settings |= {f"{part}.{field}": shape[name] for field, name in fields.items()}
+        for entry in read_header(weights.folder / f"{stem}.safetensors").tensors.values():
+            name = f"{part}.{entry.name}"
+            tensors[name] = replace(entry, name=name)
+    metadata = {**_metadata(session, weights), PEFT_METADATA: json.dumps(settings)}
+    header = Header(path=weights.folder, tensors=tensors, metadata=metadata, size_bytes=0)
+    family = resolve_base(find_base(weights.manifest["base_model"])).family
+    return write_lora(path, lora_from(header, family), naming="kohya", dtype=dtype)
 
 
 def _metadata(session: Session, weights: Saved) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,6 @@ def test_the_file_of_a_saved_step_is_a_conversion_of_its_weights(
     parts = {part: load_file(weight_file(source, part)) for part in TRAINED[kind]}
     save_trained(session, source, parts)
     path = write_step_file(session, latest_trained(session))
-    assert path is not None
     assert path.name == "any_step_3.safetensors"
     alone = "denoiser" if kind.startswith("flux") else "all"
     settings = ConvertConfig(dtype="fp16", parts=alone)
@@ -172,3 +172,55 @@ def test_a_step_is_exported_under_its_own_name(
     assert file.path.name == "any_step_3.ckpt"
     with pytest.raises(CheckpointError, match="no weights of step 4; there is 3"):
         export(workspace, "any", ExportConfig(step=4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "use_dora"),
+    [(kind, False) for kind in ("sd1", "sd2-v", "sdxl", "flux-dev")] + [("sd1", True)],
+)
+def test_adapters_are_written_alone_for_the_web_uis(
+    base: Callable[[str], Path],
+    workspace: drive.Workspace,
+    tmp_path: Path,
+    kind: str,
+    use_dora: bool,
+) -> None:
+    session = open_session(workspace, "any")
+    pipeline = load_pipeline(find_base(str(base(kind))))
+    denoiser = "transformer" if kind.startswith("flux") else "unet"
+    states, adapters = {}, {}
+    for part in (denoiser, "text_encoder"):
+        network = getattr(pipeline, part)
+        config = lora.AdapterConfig(rank=2, alpha=3.0, use_dora=use_dora)
+        lora.add_adapter(network, part, config)
+        states[f"{part}_lora"] = {
+            name: 0.3 * torch.randn_like(tensor)
+            for name, tensor in lora.adapter_state(network).items()
+        }
+        adapters[f"{part}_lora"] = asdict(config)
+    save_trained(session, base(kind), states, adapters=adapters)
+    (file,) = export(workspace, "any", ExportConfig(formats=("lora",), dtype="fp32"))
+    assert file.path.name == "any_lora.safetensors"
+    assert all(name.startswith("lora_") for name in load_file(file.path))
+    metadata = read_safetensors_header(file.path).metadata
+    assert (metadata["step"], metadata["ss_network_dim"]) == ("3", "2")
+    step = write_step_file(session, latest_trained(session))
+    assert set(load_file(step)) == set(load_file(file.path))
+    merged = tmp_path / "merged.safetensors"
+    convert(base(kind), merged, ConvertConfig(dtype="fp32", merge=(str(file.path),)))
+    (whole,) = export(workspace, "any", ExportConfig(dtype="fp32"))
+    meant, found = load_file(whole.path), load_file(merged)
+    names = {name.removeprefix("model.diffusion_model."): name for name in found}
+    for name, tensor in meant.items():
+        other = found.get(name, found.get(names.get(name, "")))
+        assert other is not None
+        assert torch.allclose(other, tensor, atol=1e-5), name
+
+
+def test_a_session_that_was_trained_whole_has_no_adapters(
+    base: Callable[[str], Path], workspace: drive.Workspace
+) -> None:
+    session = open_session(workspace, "any")
+    save_trained(session, base("sd1"), {"unet": load_file(weight_file(base("sd1"), "unet"))})
+    with pytest.raises(CheckpointError, match="was trained whole and has no adapters"):
+        export(workspace, "any", ExportConfig(formats=("lora",)))
