@@ -247,10 +247,15 @@ def test_where_compiling_fails_the_run_goes_on_without(
 @pytest.mark.timeout(900)
 # The compiler's own imports use what torch.jit no longer wants to be used.
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_a_compiled_run_learns_what_a_plain_one_does(workspace: drive.Workspace) -> None:
+def test_a_compiled_run_learns_what_a_plain_one_does(
+    workspace: drive.Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = {"text_encoder_steps": 0, "unet_steps": 4}
     plain = train(workspace, **settings).metrics
     compiled = train(workspace, **settings, compile=True, resume="never").metrics
+    if "cannot be compiled" in caplog.text:
+        # Without a C++ compiler, and in a folder whose name holds a space, which torch does not quote.
+        pytest.skip("torch.compile does not work here")
     assert [m.loss for m in compiled] == pytest.approx([m.loss for m in plain], rel=1e-4)
     assert compiled != plain
 
