@@ -36,7 +36,9 @@ _CONTRAST = 1.5
 # What the outermost window costs against the middle one, and how near to the best another is as
 # good, in parts of all that is remarkable.
 _CENTRE_BONUS = _NEAR = 0.02
-_FACE = 0.5
+# A face counts as much as this part of all that is remarkable. More keeps no more faces in, and
+# detectors see faces in one of twenty pictures that have none.
+_FACE = 0.12
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
@@ -75,7 +77,7 @@ def find_crop(image: Image.Image, width: int, height: int, *, faces: Sequence[Fa
         image: upright.
         width: of the shape.
         height: of the shape.
-        faces: boxes in pixels; each weighs half as much as all that stands out, so it stays in.
+        faces: boxes in pixels; each weighs as much as an eighth of all that stands out.
     """
     part = _largest(image.size, width / height)
     rooms = (image.width - part[0], image.height - part[1])
@@ -113,7 +115,7 @@ def _profile(image: Image.Image, along: int) -> Floats:
 
 
 def _faces_profile(count: int, length: int, faces: Sequence[FaceBox], along: int) -> Floats:
-    """Return how much of the faces is in each of `count` columns or rows; each face is a half."""
+    """Return how much of the faces is in each of `count` columns or rows, all else being 1."""
     import numpy as np
 
     edges = np.linspace(0, length, count + 1)

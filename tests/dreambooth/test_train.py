@@ -254,7 +254,7 @@ def test_a_compiled_run_learns_what_a_plain_one_does(
     plain = train(workspace, **settings).metrics
     compiled = train(workspace, **settings, compile=True, resume="never").metrics
     if "cannot be compiled" in caplog.text:
-        # Without a C++ compiler, and in a folder whose name holds a space, which torch does not quote.
+        # No C++ compiler, or a folder whose name holds a space, which torch does not quote.
         pytest.skip("torch.compile does not work here")
     assert [m.loss for m in compiled] == pytest.approx([m.loss for m in plain], rel=1e-4)
     assert compiled != plain
