@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from colabtools import images, micro
 from colabtools.dreambooth.boxes import fit_box, read_box
 from colabtools.dreambooth.buckets import bucket_shapes, bucket_step, nearest_bucket
-from colabtools.dreambooth.captions import CAPTION_SUFFIXES, check_captions
+from colabtools.dreambooth.captions import CAPTION_SUFFIXES, check_captions, read_caption
 from colabtools.dreambooth.session import create_session, planned_session
 from colabtools.drive import atomic_path, sha256_of, workspace_error, write_atomic
 from colabtools.errors import ConfigError, DatasetError, ImageError, WorkspaceError
@@ -189,18 +189,7 @@ def _sidecars(path: Path) -> list[Path]:
 
 def _first_caption(sidecars: list[Path]) -> str:
     """Return the text of the first file that holds any."""
-    return next(filter(None, map(_read_caption, sidecars)), "")
-
-
-def _read_caption(path: Path) -> str:
-    """Return the text of a caption file on one line."""
-    try:
-        # Notepad begins its files with a byte order mark.
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(
-            f"caption {path} cannot be read ({error}); save it as UTF-8 text"
-        ) from error
+    return next(filter(None, map(read_caption, sidecars)), "")
 
 
 def _store(session: Session, photos: list[_Photo], *, replace: bool) -> bool:
@@ -253,7 +242,7 @@ def _holds_captions(folder: Path, photos: list[_Photo]) -> bool:
     wanted = {f"{photo.stem}.txt": photo.caption for photo in photos}
     try:
         return files.keys() == wanted.keys() and all(
-            _read_caption(files[name]) == caption for name, caption in wanted.items()
+            read_caption(files[name]) == caption for name, caption in wanted.items()
         )
     except DatasetError:
         return False
