@@ -122,7 +122,7 @@ def _stage_needs(
         checkpoint_every=plan.checkpoint_every,
         keep_last=config.keep_last,
         keep_every=config.save_every,
-        milestone_bytes=model_file_bytes(models) if _writes_step_files(plan) else 0,
+        milestone_bytes=_milestone_bytes(plan, models, parts),
     )
 
 
@@ -171,8 +171,15 @@ def _typical_state(plan: TrainPlan, learning: list[torch.Tensor]) -> dict[str, A
     }
 
 
-def _writes_step_files(plan: TrainPlan) -> bool:
-    return plan.config.save_every > 0 and plan.method == "full"
+def _milestone_bytes(
+    plan: TrainPlan, models: Models, parts: Mapping[str, Mapping[str, torch.Tensor]]
+) -> int:
+    """Return the size of the model file of a step: of the whole model, or of the adapters alone."""
+    if plan.config.save_every == 0:
+        return 0
+    if plan.method == "full":
+        return model_file_bytes(models)
+    return _FP16_BYTES * sum(t.numel() for part in parts.values() for t in part.values())
 
 
 def model_file_bytes(models: Models) -> int:

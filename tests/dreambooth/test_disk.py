@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora with prodigy": {"method": "lora", "optimizer": "prodigy"},
     "classic with prodigy": {"stages": "classic", "optimizer": "prodigy"},
     "kept for good": {"save_every": 2, "keep_last": 1},
+    "adapters kept for good": {"save_every": 2, "keep_last": 1, "method": "lora"},
 }
 
 

@@ -376,11 +376,16 @@ def test_one_picture_is_enough(tmp_path_factory: pytest.TempPathFactory) -> None
     assert len(training.train(workspace, "one", SHORT).metrics) == 4
 
 
-def test_adapters_are_kept_for_good_without_a_model_file(workspace: drive.Workspace) -> None:
+def test_adapters_are_kept_for_good_with_a_file_of_their_own(workspace: drive.Workspace) -> None:
     train(workspace, method="lora", lora_rank=2, save_every=1)
     session = open_session(workspace, SESSION)
     assert [saved.step for saved in find_trained(session)] == [1, 2, 3, 4]
-    assert list(session.folder.glob("*.safetensors")) == []
+    files = sorted(session.folder.glob("*.safetensors"))
+    assert [path.name for path in files] == [f"{SESSION}_step_{n}.safetensors" for n in range(1, 5)]
+    saved = find_trained(session)[2].load()["unet_lora"]
+    down = next(name for name in saved if name.endswith("attn1.to_q.lora_A.weight"))
+    module = "lora_unet_" + down.removesuffix(".lora_A.weight").replace(".", "_")
+    assert load_file(files[2])[f"{module}.lora_down.weight"].equal(saved[down].half())
 
 
 def test_attention_that_is_not_there_is_said_and_torchs_own_does_it(
