@@ -30,6 +30,8 @@ from colabtools.registry import find_base, resolve_base
 from colabtools.report import get_logger
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from colabtools.dreambooth.config import ExportConfig
     from colabtools.dreambooth.saved import Saved
     from colabtools.dreambooth.session import Session
@@ -131,15 +133,14 @@ def _write_lora(session: Session, weights: Saved, path: Path, dtype: str) -> Wri
             f"session {session.name!r} was trained whole and has no adapters; export it as "
             "safetensors or ckpt, or train with method lora"
         )
-    if damage := weights.damage():
-        raise CheckpointError(f"{damage}; train the session again with resume set to never")
+    _check_whole(weights)
     tensors: dict[str, TensorEntry] = {}
     settings: dict[str, Any] = {}
     for stem in names:
         part, shape = stem.removesuffix(_LORA), weights.manifest["adapters"][stem]
         fields = {"r": "rank", "lora_alpha": "alpha", "use_dora": "use_dora"}
         settings |= {f"{part}.{field}": shape[name] for field, name in fields.items()}
-        for entry in read_header(weights.folder / f"{stem}.safetensors").tensors.values():
+        for entry in _saved_part(weights, stem).values():
             name = f"{part}.{entry.name}"
             tensors[name] = replace(entry, name=name)
     metadata = {**_metadata(session, weights), PEFT_METADATA: json.dumps(settings)}
@@ -188,8 +189,7 @@ def _trained_parts(base: Base, weights: Saved) -> tuple[dict[str, Tensors], Desc
         }
         description = _describe(base, parts, dict(pipeline.scheduler.config))
         return parts, replace(description, zero_terminal_snr=snr or description.zero_terminal_snr)
-    if damage := weights.damage():
-        raise CheckpointError(f"{damage}; train the session again with resume set to never")
+    _check_whole(weights)
     folder = _base_folder(base)
     parts = _base_parts(base)
     description = describe_folder(folder, FAMILIES[base.family], parts)
@@ -199,11 +199,16 @@ def _trained_parts(base: Base, weights: Saved) -> tuple[dict[str, Tensors], Desc
                 f"{weights.folder} holds {name}, which base model {base.name!r} does not have; "
                 "train the session again with resume set to never"
             )
-        parts[name] = _saved_part(weights, name)
+        parts[name] = dict(_saved_part(weights, name))
     return parts, replace(description, zero_terminal_snr=snr or description.zero_terminal_snr)
 
 
-def _saved_part(weights: Saved, name: str) -> Tensors:
+def _check_whole(weights: Saved) -> None:
+    if damage := weights.damage():
+        raise CheckpointError(f"{damage}; train the session again with resume set to never")
+
+
+def _saved_part(weights: Saved, name: str) -> Mapping[str, TensorEntry]:
     return read_header(weights.folder / f"{name}.safetensors").tensors
 
 
