@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colabtools import images, micro
-from colabtools.dreambooth.boxes import fit_box, read_box
-from colabtools.dreambooth.buckets import bucket_shapes, bucket_step, nearest_bucket
-from colabtools.dreambooth.captions import CAPTION_SUFFIXES, check_captions, read_caption
+from colabtools.dreambooth.buckets import bucket_shapes, bucket_step
+from colabtools.dreambooth.captions import (
+    CAPTION_SUFFIXES,
+    check_captions,
+    index_captions,
+    read_caption,
+)
+from colabtools.dreambooth.doctor import examine_all, recall, save_report, save_sheet
+from colabtools.dreambooth.photos import Cutting, Photo, pixels_digest
 from colabtools.dreambooth.session import create_session, planned_session
+from colabtools.dreambooth.tokens import count_tokens
 from colabtools.drive import atomic_path, sha256_of, workspace_error, write_atomic
-from colabtools.errors import ConfigError, DatasetError, ImageError, WorkspaceError
-from colabtools.report import get_logger, progress, save_grid
+from colabtools.errors import (
+    ConfigError,
+    DatasetError,
+    ImageError,
+    WorkspaceError,
+)
+from colabtools.report import get_logger, progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    from PIL import Image
 
     from colabtools.dreambooth.config import PrepareConfig
     from colabtools.dreambooth.session import Session
@@ -38,7 +49,6 @@ __all__ = [
     "split_heldout",
 ]
 
-_SHEET_CELL_PX = 160
 # A VAE of Stable Diffusion or Flux makes one latent of 8 x 8 pixels, and drops what is over.
 _LATENT_PX = 8
 
@@ -54,35 +64,37 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What `prepare` made: the session, its training pictures, and a contact sheet of them."""
+    """What `prepare` made.
+
+    Attributes:
+        session: where everything is.
+        examples: the training pictures.
+        photos: what became of each photo, those that were left out too.
+        contact_sheet: a picture of the photos and what was cut from them.
+        report: a page that tells of every photo; a file of the same name in JSON is beside it.
+    """
 
     session: Session
     examples: tuple[Example, ...]
+    photos: tuple[Photo, ...]
     contact_sheet: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Photo:
-    """A decoded photo: what will be trained, and a small picture of what it was."""
-
-    stem: str
-    caption: str
-    picture: Image.Image
-    thumbnail: Image.Image
+    report: Path
 
 
 def prepare(workspace: Workspace, session_name: str, config: PrepareConfig) -> Prepared:
     """Put a folder of photos into a session as upright RGB pictures, with their captions.
 
     They become squares or, with `config.buckets`, the nearest of a few shapes of that area. The
-    photos themselves are only read. Done twice with the same photos, the second time changes
-    nothing.
+    photos themselves are only read; those that cannot be used, and all but one of those that show
+    the same, are left out with a reason. Captions that were edited in the session stay as they
+    are. Done twice with the same photos, the second time changes nothing, and decodes only what is
+    new.
 
     Raises:
         ConfigError: the base model was not made for this resolution.
-        DatasetError: there are no photos, a caption cannot be read, or the session holds other
-            pictures and `replace` is off.
-        ImageError: a photo cannot be decoded.
+        DatasetError: there are no photos, none can be used, a caption cannot be read, or the
+            session holds other pictures and `replace` is off.
+        MissingDependencyError: ImageHash is not installed.
         ModelError: the base model is not known.
         SessionBusyError: another runtime is writing to the session.
         SessionError: the name cannot be a folder's, or the session's record is damaged.
@@ -91,21 +103,30 @@ def prepare(workspace: Workspace, session_name: str, config: PrepareConfig) -> P
     side = config.side
     shapes = bucket_shapes(side, bucket_step(side)) if config.buckets else ((side, side),)
     found = _find_photos(config.images)
+    written = _find_captions(found, config.instance_prompt.strip())
     session = planned_session(workspace, session_name)
-    with progress(found, desc="preparing photos", unit="photos") as paths:
-        photos = [_read_photo(path, shapes, config, session) for path in paths]
-    session = create_session(workspace, session_name)
-    with session.writing("prepare"):
-        return _put_in_place(session, photos, config)
+    cutting = Cutting(shapes=shapes, crop=config.crop)
+    with tempfile.TemporaryDirectory(prefix="colabtools-photos-") as staging:
+        photos = examine_all(found, cutting, session, Path(staging))
+        session = create_session(workspace, session_name)
+        with session.writing("prepare"):
+            return _put_in_place(session, photos, written, config)
 
 
-def _put_in_place(session: Session, photos: list[_Photo], config: PrepareConfig) -> Prepared:
+def _put_in_place(
+    session: Session, photos: tuple[Photo, ...], written: dict[str, str], config: PrepareConfig
+) -> Prepared:
     """Store what is new, draw the contact sheet, and write both into the session's record."""
-    stored = _store(session, photos, replace=config.replace)
+    used = [photo for photo in photos if not photo.reason]
+    sources = {photo.path.stem: written[photo.path.stem] for photo in used}
+    captions = _keep_edits(session, sources)
+    stored = _store(session, used, captions, replace=config.replace)
     examples = load_examples(session)
     sheet = session.logs_dir / "training_pictures.png"
     if stored or not sheet.is_file():
-        _save_contact_sheet(session, photos, sheet)
+        save_sheet(photos, captions, sheet)
+    tokens = count_tokens(config.base_model, set(captions.values()))
+    report = save_report(session, photos, captions, sources, tokens)
     session.update_record(
         base_model=config.base_model,
         instance_prompt=config.instance_prompt.strip(),
@@ -113,7 +134,34 @@ def _put_in_place(session: Session, photos: list[_Photo], config: PrepareConfig)
         buckets=config.buckets,
         pictures=fingerprint(examples),
     )
-    return Prepared(session=session, examples=examples, contact_sheet=sheet)
+    return Prepared(
+        session=session, examples=examples, photos=photos, contact_sheet=sheet, report=report
+    )
+
+
+def _find_captions(photos: Sequence[Path], default: str) -> dict[str, str]:
+    """Return the caption that comes with each photo, by its stem."""
+    index = index_captions(photos[0].parent)
+    default = " ".join(default.split())
+    found = {}
+    for photo in photos:
+        files = index.get(unicodedata.normalize("NFC", photo.stem), [])
+        found[photo.stem] = _first_caption(files) or default
+    return found
+
+
+def _keep_edits(session: Session, sources: dict[str, str]) -> dict[str, str]:
+    """Return the captions with those that were edited in the session as they are there.
+
+    An edit counts as long as the caption that came with the photo is what it was then.
+    """
+    before = recall(session).get("captions", {})
+    captions = dict(sources)
+    for stem, source in sources.items():
+        path = session.captions_dir / f"{stem}.txt"
+        if before.get(stem) == source and path.is_file():
+            captions[stem] = read_caption(path)
+    return captions
 
 
 def _find_photos(text: str) -> list[Path]:
@@ -123,7 +171,7 @@ def _find_photos(text: str) -> list[Path]:
             raise DatasetError(f"images {str(folder)!r} is a file; give the folder that it is in")
         if not folder.is_dir():
             raise DatasetError(f"images {str(folder)!r} does not exist; give a folder of photos")
-        photos = sorted(_pictures_in(folder), key=lambda path: path.stem)
+        photos = sorted(_pictures_in(folder), key=lambda path: (path.stem, path.name))
     except (OSError, RuntimeError) as error:
         raise DatasetError(f"images {text!r} cannot be read ({error}); give another folder") from (
             error
@@ -131,11 +179,6 @@ def _find_photos(text: str) -> list[Path]:
     if not photos:
         suffixes = ", ".join(sorted(images.PHOTO_SUFFIXES))
         raise DatasetError(f"no photos in {str(folder)!r}; put some of {suffixes} there")
-    stems = [photo.stem for photo in photos]
-    if twins := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        raise DatasetError(
-            f"two photos in {str(folder)!r} are both called {twins[0]!r}; rename one of them"
-        )
     return photos
 
 
@@ -143,42 +186,6 @@ def _pictures_in(folder: Path) -> Iterable[Path]:
     """Return the picture files of a folder; hidden ones are what a Mac or Drive leaves there."""
     found = (path for path in folder.iterdir() if path.suffix.lower() in images.PHOTO_SUFFIXES)
     return (path for path in found if path.is_file() and not path.name.startswith("."))
-
-
-def _read_photo(
-    path: Path, shapes: Sequence[tuple[int, int]], config: PrepareConfig, session: Session
-) -> _Photo:
-    caption = _first_caption(_sidecars(path)) or config.instance_prompt.strip()
-    photo = images.load_upright(path)
-    shape = nearest_bucket(*photo.size, shapes)
-    picture = images.cut(photo, _choose_crop(path, photo, shape, config, session), shape)
-    photo.thumbnail((2 * _SHEET_CELL_PX, 2 * _SHEET_CELL_PX))
-    return _Photo(stem=path.stem, caption=caption, picture=picture, thumbnail=photo)
-
-
-def _choose_crop(
-    path: Path,
-    photo: Image.Image,
-    shape: tuple[int, int],
-    config: PrepareConfig,
-    session: Session,
-) -> images.Box:
-    """Return the part of a photo to keep: as chosen by hand, else where its subject is."""
-    chosen = read_box(path, session)
-    if chosen is not None and chosen[1] == photo.size:
-        return fit_box(*chosen, shape)
-    if chosen is not None:
-        get_logger(__name__).warning(
-            "the crop that was chosen for %s is of a photo of %d x %d, and this one is %d x %d; "
-            "it is left out",
-            path.name,
-            *chosen[1],
-            *photo.size,
-        )
-    if config.crop == "centre":
-        return images.centre_crop(photo, *shape)
-    faces = images.find_faces(photo) if photo.width * shape[1] != photo.height * shape[0] else ()
-    return images.find_crop(photo, *shape, faces=faces)
 
 
 def _sidecars(path: Path) -> list[Path]:
@@ -192,21 +199,26 @@ def _first_caption(sidecars: list[Path]) -> str:
     return next(filter(None, map(read_caption, sidecars)), "")
 
 
-def _store(session: Session, photos: list[_Photo], *, replace: bool) -> bool:
+def _store(
+    session: Session, photos: list[Photo], captions: dict[str, str], *, replace: bool
+) -> bool:
     """Put pictures and captions in place, each folder in one move; return whether any was new."""
-    pictures, captions = session.instance_images_dir, session.captions_dir
+    pictures, texts = session.instance_images_dir, session.captions_dir
     changed = []
     if not _holds_pictures(pictures, photos):
         changed.append(pictures)
-    if not _holds_captions(captions, photos):
-        changed.append(captions)
+    if not _holds_captions(texts, captions):
+        changed.append(texts)
     parts = {folder: folder.with_name(f".{folder.name}.part") for folder in changed}
     try:
         _make_sure_free(changed, session, replace=replace)
         for folder, part in parts.items():
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-            (_write_pictures if folder == pictures else _write_captions)(part, photos)
+            if folder == pictures:
+                _write_pictures(part, photos)
+            else:
+                _write_captions(part, captions)
         _move_aside(changed)
         for folder, part in parts.items():
             part.rename(folder)
@@ -220,26 +232,26 @@ def _store(session: Session, photos: list[_Photo], *, replace: bool) -> bool:
     return bool(changed)
 
 
-def _holds_pictures(folder: Path, photos: list[_Photo]) -> bool:
+def _holds_pictures(folder: Path, photos: list[Photo]) -> bool:
     """Compare pixels: the bytes of a PNG change with the library that writes it."""
     files = {path.name: path for path in _visible(folder)}
-    wanted = {f"{photo.stem}.png": photo.picture for photo in photos}
+    wanted = {f"{photo.path.stem}.png": photo for photo in photos}
     try:
         return files.keys() == wanted.keys() and all(
-            _same_pixels(files[name], picture) for name, picture in wanted.items()
+            files[name] == photo.picture or _has_pixels(files[name], photo)
+            for name, photo in wanted.items()
         )
     except ImageError:
         return False
 
 
-def _same_pixels(path: Path, picture: Image.Image) -> bool:
-    stored = images.load_upright(path)
-    return stored.size == picture.size and stored.tobytes() == picture.tobytes()
+def _has_pixels(path: Path, photo: Photo) -> bool:
+    return pixels_digest(images.load_upright(path)) == photo.pixels
 
 
-def _holds_captions(folder: Path, photos: list[_Photo]) -> bool:
+def _holds_captions(folder: Path, captions: dict[str, str]) -> bool:
     files = {path.name: path for path in _visible(folder)}
-    wanted = {f"{photo.stem}.txt": photo.caption for photo in photos}
+    wanted = {f"{stem}.txt": caption for stem, caption in captions.items()}
     try:
         return files.keys() == wanted.keys() and all(
             read_caption(files[name]) == caption for name, caption in wanted.items()
@@ -254,21 +266,24 @@ def _visible(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
-def _write_pictures(folder: Path, photos: list[_Photo]) -> None:
-    for photo in photos:
-        path = folder / f"{photo.stem}.png"
+def _write_pictures(folder: Path, photos: list[Photo]) -> None:
+    with progress(photos, desc="storing pictures", unit="pictures") as each:
+        for photo in each:
 
-        def verify(partial: Path, photo: _Photo = photo) -> None:
-            if not _same_pixels(partial, photo.picture):
-                raise ImageError(f"{photo.stem}.png reads back changed; check the disk, then again")
+            def verify(partial: Path, photo: Photo = photo) -> None:
+                if not _has_pixels(partial, photo):
+                    raise ImageError(
+                        f"{photo.path.stem}.png reads back changed; check the disk, then again"
+                    )
 
-        with atomic_path(path, verify=verify) as partial:
-            photo.picture.save(partial, format="PNG")
+            assert photo.picture is not None
+            with atomic_path(folder / f"{photo.path.stem}.png", verify=verify) as partial:
+                shutil.copyfile(photo.picture, partial)
 
 
-def _write_captions(folder: Path, photos: list[_Photo]) -> None:
-    for photo in photos:
-        write_atomic(folder / f"{photo.stem}.txt", f"{photo.caption}\n".encode())
+def _write_captions(folder: Path, captions: dict[str, str]) -> None:
+    for stem, caption in captions.items():
+        write_atomic(folder / f"{stem}.txt", f"{caption}\n".encode())
 
 
 def _make_sure_free(folders: list[Path], session: Session, *, replace: bool) -> None:
@@ -393,18 +408,3 @@ def fingerprint(examples: tuple[Example, ...]) -> str:
         line = f"{example.path.name}\0{sha256_of(example.path)}\0{example.caption}\0"
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def _save_contact_sheet(session: Session, photos: list[_Photo], path: Path) -> None:
-    """Draw each photo beside what became of it, with the caption that will be trained."""
-    try:
-        session.logs_dir.mkdir(exist_ok=True)
-    except OSError as error:
-        raise workspace_error("make", session.logs_dir, error) from error
-    save_grid(
-        [[photo.thumbnail, photo.picture] for photo in photos],
-        path,
-        row_titles=[f"{photo.stem}: {photo.caption}" for photo in photos],
-        column_titles=["photo", "training picture"],
-        cell_size=_SHEET_CELL_PX,
-    )

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from colabtools import images, micro
-from colabtools.dreambooth import boxes, dataset
+from colabtools.dreambooth import boxes, doctor
 from colabtools.dreambooth.config import PrepareConfig
 from colabtools.dreambooth.dataset import (
     Example,
@@ -198,14 +198,17 @@ def test_the_contact_sheet_pairs_each_photo_with_its_own_square(
         drawn.update(rows=rows, titles=titles["row_titles"])
         return path
 
-    monkeypatch.setattr(dataset, "save_grid", save_grid)
+    monkeypatch.setattr(doctor, "save_grid", save_grid)
     prepared = prepare_photos(workspace, photos, resolution=64)
     for title, (photo, picture) in zip(drawn["titles"], drawn["rows"], strict=True):
         stem = title.split(":")[0]
         original = images.load_upright(photos / f"{stem}.jpg")
-        assert photo.tobytes() == original.tobytes()
-        kept = prepared.session.instance_images_dir / f"{stem}.png"
-        assert picture.tobytes() == images.load_upright(kept).tobytes()
+        kept = images.load_upright(prepared.session.instance_images_dir / f"{stem}.png")
+        for drawn_picture, wanted in ((photo, original), (picture, kept)):
+            assert drawn_picture.size == wanted.size
+            difference = np.asarray(drawn_picture, dtype=int) - np.asarray(wanted, dtype=int)
+            # As a JPEG stores noise; another picture differs by 85 in the mean. A frame is red.
+            assert np.median(abs(difference)) < 40
 
 
 def test_the_contact_sheet_is_a_picture(workspace: Workspace, photos: Path) -> None:
@@ -340,13 +343,10 @@ def break_photos(photos: Path, kind: str) -> str:
         "too long": "x" * 5000,
     }
     damage: dict[str, Callable[[], object]] = {
-        "cut": lambda: (photos / "b.jpg").write_bytes(
-            add_photo(photos, "b.jpg").read_bytes()[:900]
-        ),
+        "cut": lambda: picture.write_bytes(picture.read_bytes()[:900]),
         "empty": lambda: picture.rename(photos / "a.doc"),
         "not UTF-8": lambda: (photos / "a.txt").write_bytes("schöner hund".encode("latin-1")),
-        "text": lambda: (photos / "b.jpg").write_text("my notes"),
-        "twins": lambda: add_photo(photos, "a.jpg"),
+        "text": lambda: picture.write_text("my notes"),
     }
     if kind in damage:
         damage[kind]()
@@ -354,16 +354,15 @@ def break_photos(photos: Path, kind: str) -> str:
 
 
 BROKEN: list[tuple[str, type[Exception], str]] = [
-    ("cut", ImageError, r"^b\.jpg cannot be read as a picture"),
+    ("cut", DatasetError, r"^none of the 1 photos in .* can be used; 'a.png': cannot be read as"),
     ("empty", DatasetError, "^no photos in .*put some of .avif, "),
     ("file", DatasetError, "is a file; give the folder"),
     ("inside a file", DatasetError, "does not exist"),
     ("missing", DatasetError, "nothing' does not exist; give a folder"),
     ("no such user", DatasetError, "cannot be read"),
     ("not UTF-8", DatasetError, r"a\.txt cannot be read .*save it as UTF-8"),
-    ("text", ImageError, r"^b\.jpg cannot be read as a picture"),
+    ("text", DatasetError, r"^none of the 1 photos in .* can be used; 'a.png': cannot be read as"),
     ("too long", DatasetError, "cannot be read"),
-    ("twins", DatasetError, "two photos in .* are both called 'a'; rename one"),
 ]
 
 
