@@ -75,7 +75,7 @@ class CropViewer:
     def __init__(self, session: Session, config: PrepareConfig) -> None:
         kit = frame.toolkit()
         self._session = session
-        self._shapes = _shapes(config)
+        self._shapes, self._crop = _shapes(config), config.crop
         self._photos = _find_photos(config.images)
         self._cut: dict[int, _Cut] = {}
         self._laters = {
@@ -130,7 +130,9 @@ class CropViewer:
         self._at = index
         try:
             if index not in self._cut:
-                self._cut[index] = _look(self._photos[index], self._session, self._shapes)
+                self._cut[index] = _look(
+                    self._photos[index], self._session, self._shapes, self._crop
+                )
             self._tell(self._cut[index].origin, "done")
         except ColabToolsError as error:
             self._whole.value = self._result.value = frame.picture_bytes(self._photos[index], 64)
@@ -232,11 +234,11 @@ class _Cut:
         return images.cut(self.small, self._small_box(), size)
 
 
-def _look(photo: Path, session: Session, shapes: Sequence[tuple[int, int]]) -> _Cut:
+def _look(photo: Path, session: Session, shapes: Sequence[tuple[int, int]], crop: str) -> _Cut:
     """The part of a photo that `prepare` keeps, and why."""
     picture = images.load_upright(photo)
     size, shape = picture.size, nearest_bucket(*picture.size, shapes)
-    found = images.find_crop(picture, *shape)
+    found = _find_box(picture, shape, crop)
     picture.thumbnail((_SHOWN_PX, _SHOWN_PX))
     by_hand = read_box(photo, session)
     if by_hand is None:
@@ -246,6 +248,13 @@ def _look(photo: Path, session: Session, shapes: Sequence[tuple[int, int]]) -> _
         told = f"as found: the box kept for it was of a photo of {then[0]} x {then[1]} pixels"
         return _Cut(picture, size, shape, found, told)
     return _Cut(picture, size, shape, fit_box(box, size, shape), "chosen by hand")
+
+
+def _find_box(picture: Image.Image, shape: tuple[int, int], crop: str) -> Box:
+    if crop == "centre":
+        return images.centre_crop(picture, *shape)
+    is_cut = picture.width * shape[1] != picture.height * shape[0]
+    return images.find_crop(picture, *shape, faces=images.find_faces(picture) if is_cut else ())
 
 
 def _shapes(config: PrepareConfig) -> tuple[tuple[int, int], ...]:
