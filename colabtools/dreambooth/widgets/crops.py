@@ -39,6 +39,7 @@ _SHOWN_PX = 360
 _RESULT_PX = 192
 _PAUSE_S = 0.5
 _STEPS = {"fine": 0.01, "medium": 0.05, "coarse": 0.2}
+_HINT = "<small>arrow keys move, + closer, - wider, Alt+↓ next, Alt+↑ previous</small>"
 _OUTLINE = (255, 64, 129)
 
 
@@ -88,14 +89,15 @@ class CropViewer:
         self._title, self._state = kit.HTML(), kit.HTML()
         self._whole, self._result = kit.Image(format="png"), kit.Image(format="png")
         self.step = kit.ToggleButtons(options=_STEPS, value=_STEPS["medium"])
-        self.step.style.button_width = "70px"
+        self.step.style.button_width = "auto"
         pictures = kit.HBox([self._whole, self._result])
         pictures.layout.flex_flow = "row wrap"
         pictures.layout.align_items = "flex-end"
-        self.form = kit.VBox(
-            [self._strip.box, self._title, pictures, kit.HBox(self._buttons()), self.step]
-        )
-        self.form.children += (self._state,)
+        self._previous, self._next = self._turns()
+        moves = kit.HBox([*self._buttons(), self._previous, self._next])
+        moves.layout.flex_flow = "row wrap"
+        rows = [self._strip.box, self._title, pictures, moves, self.step, kit.HTML(_HINT)]
+        self.form = kit.VBox([*rows, self._state])
         self.form.add_class("colabtools-crops")
         self.select(0)
 
@@ -108,9 +110,13 @@ class CropViewer:
             frame.button("Closer", lambda: self.scale(-1), key="+", about="keep less of it"),
             frame.button("Wider", lambda: self.scale(1), key="-", about="keep more of it"),
             frame.button("As found", self.reset, about="forget the box chosen by hand"),
+        ]
+
+    def _turns(self) -> tuple[Any, Any]:
+        return (
             frame.button("Previous", lambda: self.select(self._at - 1), key="Alt-ArrowUp"),
             frame.button("Next", lambda: self.select(self._at + 1), key="Alt-ArrowDown"),
-        ]
+        )
 
     @property
     def box(self) -> Box:
@@ -191,9 +197,12 @@ class CropViewer:
     def _draw(self) -> None:
         name = self._photos[self._at].name
         self._strip.show(self._at, lambda _index: "")
+        self._previous.disabled = self._at == 0
+        self._next.disabled = self._at == len(self._photos) - 1
         if cut := self._cut.get(self._at):
             place = f"{self._at + 1} of {len(self._photos)}: {name}"
-            self._title.value = frame.title(f"{place}, kept {_words(cut.box)} of {cut.size}")
+            size = f"{cut.size[0]} x {cut.size[1]}"
+            self._title.value = frame.title(f"{place}, kept {_words(cut.box)} of {size}")
             self._whole.value, self._result.value = (
                 frame.png_bytes(cut.framed()),
                 frame.png_bytes(cut.result()),

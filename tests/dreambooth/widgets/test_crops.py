@@ -85,6 +85,18 @@ def test_at_the_edge_it_says_so_and_saves_nothing(viewer: CropViewer, session: S
     assert not (session.folder / "crops").exists()
 
 
+def test_one_goes_no_further_than_the_first_and_the_last(viewer: CropViewer) -> None:
+    buttons = {each.description: each for each in viewer.form.children[3].children}
+    ends = []
+    for _ in range(3):
+        ends.append((buttons["Previous"].disabled, buttons["Next"].disabled))
+        buttons["Next"].click()
+    assert ends == [(True, False), (False, False), (False, True)]
+    assert "3 of 3: c square.png, kept 200 x 200 pixels from (0, 0) of 200 x 200" in (
+        viewer.form.children[1].value
+    )
+
+
 def test_as_found_forgets_the_box(viewer: CropViewer, session: Session) -> None:
     found = viewer.box
     viewer.move(1, 0)
