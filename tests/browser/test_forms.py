@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,93 @@ def test_an_edited_caption_is_in_the_file_and_there_after_a_reload(
     )
     assert [caption(session, number) for number in (0, 1)] == [f"{typed}\n", f"{other}\n"]
     screenshot("captions-reloaded")
+
+
+@pytest.fixture
+def photos(lab: Lab) -> Path:
+    """A wide photo and a tall one, their subjects away from the middle."""
+    folder = lab.folder / "my photos"
+    folder.mkdir(exist_ok=True)
+    for name, size in (("a wide", (900, 600)), ("b tall", (600, 900))):
+        photo = Image.new("RGB", size, "skyblue")
+        pen = ImageDraw.Draw(photo)
+        pen.rectangle((0, size[1] * 2 // 3, *size), fill="olivedrab")
+        pen.ellipse((60, 260, 340, 540), fill="tomato", outline="black", width=6)
+        photo.save(folder / f"{name}.jpg")
+    return folder
+
+
+def kept_box(session: Session, stem: str) -> tuple[int, ...]:
+    """The box in a photo's sidecar, none if there is no sidecar yet."""
+    path = session.folder / "crops" / f"{stem}.crop.json"
+    return tuple(json.loads(path.read_text("utf-8"))["box"]) if path.is_file() else ()
+
+
+def press(browser: Any, form: str, *keys: str) -> None:
+    """Press keys in a form, with the focus on one of its buttons as after a click."""
+    css = f"{form} button.colabtools-key-ArrowUp"
+    wait(lambda: find(browser, css).send_keys(*keys) is None, "a button with the focus")
+
+
+def saved_box(
+    browser: Any, session: Session, stem: str, before: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+    """The box of a photo, once it is another and the form says that it is saved."""
+
+    def look() -> tuple[int, ...]:
+        if (box := kept_box(session, stem)) == before:
+            return ()
+        words = f"{box[2] - box[0]} x {box[3] - box[1]} pixels from ({box[0]}, {box[1]})"
+        text = find(browser, ".colabtools-crops").text
+        return box if f"saved; the file holds: {words}" in text and f"kept {words}" in text else ()
+
+    return wait(look, f"the saved box of {stem}")
+
+
+def test_a_nudged_crop_is_in_its_file_and_there_after_a_reload(
+    lab: Lab, browser: Any, session: Session, photos: Path, screenshot: Callable[[str], Path]
+) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    form = ".colabtools-crops"
+    config = "from colabtools.dreambooth.config import PrepareConfig\n"
+    config += f"photos = PrepareConfig(images={str(photos)!r})"
+    lab.open(browser, opening(session, config, "widgets.edit_crops(workspace, name, photos)"))
+    wait(lambda: "as found" in find(browser, form).text, "the box that was found", 60)
+    screenshot("crops-found")
+    assert not (session.folder / "crops").exists()
+
+    click(browser, form, "Closer")
+    closer = saved_box(browser, session, "a wide")
+    assert closer[2] - closer[0] == closer[3] - closer[1] == 570
+    click(browser, form, "coarse")
+    click(browser, form, "▼")
+    moved = saved_box(browser, session, "a wide", closer)
+    assert moved == (closer[0], 30, closer[2], 600)
+    press(browser, form, Keys.ARROW_RIGHT)
+    right = saved_box(browser, session, "a wide", moved)
+    assert right == (moved[0] + 114, 30, moved[2] + 114, 600)
+    screenshot("crops-saved")
+
+    press(browser, form, Keys.ALT, Keys.ARROW_DOWN)
+    wait(lambda: "2 of 2: b tall.jpg" in find(browser, form).text, "the next photo")
+    press(browser, form, "-")
+    wait(lambda: "the photo ends here" in find(browser, form).text, "the photo's end")
+    press(browser, form, Keys.ARROW_DOWN)
+    # At once: the box must be saved though the form turns to another photo.
+    click(browser, form, "a wide")
+    wait(lambda: "1 of 2: a wide.jpg" in find(browser, form).text, "the first photo")
+    tall = wait(lambda: kept_box(session, "b tall"), "the second box in its file")
+
+    browser.refresh()
+    lab.run(browser)
+    wait(lambda: "chosen by hand" in find(browser, form).text, "the box again", 60)
+    assert f"kept 570 x 570 pixels from ({right[0]}, 30)" in find(browser, form).text
+    click(browser, form, "b tall")
+    words = f"kept 600 x 600 pixels from (0, {tall[1]})"
+    wait(lambda: words in find(browser, form).text, "the second box")
+    assert (kept_box(session, "a wide"), kept_box(session, "b tall")) == (right, tall)
+    screenshot("crops-reloaded")
 
 
 def test_a_session_is_picked_and_room_is_freed_by_a_second_word(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import nbformat
 import pytest
 
 from colabtools import drive, report
-from colabtools.dreambooth import dataset, evaluate, export, generate, train
+from colabtools.dreambooth import dataset, evaluate, export, generate, train, widgets
 from colabtools.dreambooth.config import (
     EvaluateConfig,
     ExportConfig,
@@ -18,10 +19,12 @@ from colabtools.dreambooth.config import (
     PrepareConfig,
 )
 from colabtools.dreambooth.train_config import TrainConfig
+from colabtools.dreambooth.widgets.sessions import Choice
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "dreambooth_training.ipynb"
 VERBS = {"prepare": dataset, "train": train, "generate": generate, "evaluate": evaluate}
 VERBS["export"] = export
+AGAIN = "prepare again"
 Calls = dict[str, tuple[object, str, Any]]
 
 # Another value than the default for every field, and the setting of the package that it becomes.
@@ -79,12 +82,12 @@ def default_settings() -> dict[str, Any]:
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """What each verb was called with, in the place of doing it."""
+    """What each verb was called with, in the place of doing it; a second time as `verb again`."""
     calls: Calls = {}
 
     def stand_in(verb: str) -> Any:
         def call(workspace: object, session: str, config: Any) -> object:
-            calls[verb] = (workspace, session, config)
+            calls[f"{verb} again" if verb in calls else verb] = (workspace, session, config)
             return SimpleNamespace(contact_sheet="1", loss_curve="2", grid="3", sheet="4")
 
         return call
@@ -98,7 +101,10 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return calls
 
 
-def run_cells(settings: dict[str, Any]) -> None:
+def run_cells(settings: dict[str, Any], called: Calls) -> None:
+    """Run all steps after the settings; what was called before is forgotten."""
+    for verb in (*VERBS, AGAIN):
+        called.pop(verb, None)
     values = dict(settings)
     for source in sources()[1]:
         exec(source, values)
@@ -118,10 +124,10 @@ def test_every_field_is_known_here() -> None:
 @pytest.mark.parametrize("name", sorted(CHANGED))
 def test_a_field_changes_its_settings_and_no_other(name: str, called: Calls) -> None:
     settings = {**default_settings(), "evaluate_model": True}
-    run_cells(settings)
+    run_cells(settings, called)
     before = {verb: called[verb][2] for verb in VERBS}
     value, places = CHANGED[name]
-    run_cells({**settings, name: as_typed(value)})
+    run_cells({**settings, name: as_typed(value)}, called)
     changed = {
         f"{verb}.{field}": getattr(called[verb][2], field)
         for verb in VERBS
@@ -132,7 +138,7 @@ def test_a_field_changes_its_settings_and_no_other(name: str, called: Calls) -> 
 
 
 def test_the_defaults_are_those_of_the_package(called: Calls) -> None:
-    run_cells({**default_settings(), "evaluate_model": True})
+    run_cells({**default_settings(), "evaluate_model": True}, called)
     configs = {verb: called[verb][2] for verb in VERBS}
     assert configs == {
         "evaluate": EvaluateConfig(),
@@ -145,12 +151,61 @@ def test_the_defaults_are_those_of_the_package(called: Calls) -> None:
 
 
 def test_every_step_works_on_the_session_and_shows_its_picture(called: Calls) -> None:
-    run_cells({**default_settings(), **OTHERS})
-    assert {called[verb][:2] for verb in VERBS} == {("opened my work", "dog")}
-    assert called["shown"][2] == ["1", "2", "3", "4"]
+    run_cells({**default_settings(), **OTHERS}, called)
+    assert {called[verb][:2] for verb in (*VERBS, AGAIN)} == {("opened my work", "dog")}
+    assert called["shown"][2] == ["1", "1", "2", "3", "4"]
+
+
+def test_photos_are_cut_again_as_they_were_prepared_in_place_of_those(called: Calls) -> None:
+    changed = {
+        n: as_typed(value) for n, (value, to) in CHANGED.items() if to.startswith("prepare.")
+    }
+    run_cells({**default_settings(), **changed, "replace_images": False}, called)
+    assert called[AGAIN][2] == replace(called["prepare"][2], replace=True)
+    assert not called["prepare"][2].replace
+
+
+@pytest.fixture
+def forms(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What each form was opened with, in the place of showing it; another session is picked."""
+    opened: list[tuple[Any, ...]] = []
+
+    def pick(workspace: object, default: str) -> Choice:
+        opened.append(("pick_session", workspace, default))
+        return Choice("picked")
+
+    monkeypatch.setattr(widgets, "pick_session", pick)
+    for name in ("manage_space", "edit_crops", "edit_captions"):
+        monkeypatch.setattr(widgets, name, lambda *given, name=name: opened.append((name, *given)))
+    return opened
+
+
+def test_the_session_that_is_picked_is_that_of_every_later_step(
+    called: Calls, forms: list[tuple[Any, ...]]
+) -> None:
+    run_cells({**default_settings(), **OTHERS}, called)
+    assert {called[verb][1] for verb in (*VERBS, AGAIN)} == {"picked"}
+    assert forms == [
+        ("pick_session", "opened my work", "dog"),
+        ("manage_space", "opened my work"),
+        ("edit_crops", "opened my work", "picked", called["prepare"][2]),
+        ("edit_captions", "opened my work", "picked"),
+    ]
+
+
+def test_where_nobody_looks_each_form_says_in_a_line_what_is_done(
+    called: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_cells(default_settings(), called)
+    assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "session 'my-subject' is used",
+        "nothing is measured or freed",
+        "crops stay as they were found",
+        "captions stay as they are",
+    ]
 
 
 def test_the_encoders_of_the_hub_are_asked_for_only_when_told(called: Calls) -> None:
-    run_cells(default_settings())
+    run_cells(default_settings(), called)
     assert "evaluate" not in called
     assert "export" in called

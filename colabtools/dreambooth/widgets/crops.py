@@ -39,6 +39,7 @@ _SHOWN_PX = 360
 _RESULT_PX = 192
 _PAUSE_S = 0.5
 _STEPS = {"fine": 0.01, "medium": 0.05, "coarse": 0.2}
+_HINT = "<small>arrow keys move, + closer, - wider, Alt+↓ next, Alt+↑ previous</small>"
 _OUTLINE = (255, 64, 129)
 
 
@@ -75,7 +76,7 @@ class CropViewer:
     def __init__(self, session: Session, config: PrepareConfig) -> None:
         kit = frame.toolkit()
         self._session = session
-        self._shapes = _shapes(config)
+        self._shapes, self._crop = _shapes(config), config.crop
         self._photos = _find_photos(config.images)
         self._cut: dict[int, _Cut] = {}
         self._laters = {
@@ -88,14 +89,15 @@ class CropViewer:
         self._title, self._state = kit.HTML(), kit.HTML()
         self._whole, self._result = kit.Image(format="png"), kit.Image(format="png")
         self.step = kit.ToggleButtons(options=_STEPS, value=_STEPS["medium"])
-        self.step.style.button_width = "70px"
+        self.step.style.button_width = "auto"
         pictures = kit.HBox([self._whole, self._result])
         pictures.layout.flex_flow = "row wrap"
         pictures.layout.align_items = "flex-end"
-        self.form = kit.VBox(
-            [self._strip.box, self._title, pictures, kit.HBox(self._buttons()), self.step]
-        )
-        self.form.children += (self._state,)
+        self._previous, self._next = self._turns()
+        moves = kit.HBox([*self._buttons(), self._previous, self._next])
+        moves.layout.flex_flow = "row wrap"
+        rows = [self._strip.box, self._title, pictures, moves, self.step, kit.HTML(_HINT)]
+        self.form = kit.VBox([*rows, self._state])
         self.form.add_class("colabtools-crops")
         self.select(0)
 
@@ -108,9 +110,13 @@ class CropViewer:
             frame.button("Closer", lambda: self.scale(-1), key="+", about="keep less of it"),
             frame.button("Wider", lambda: self.scale(1), key="-", about="keep more of it"),
             frame.button("As found", self.reset, about="forget the box chosen by hand"),
+        ]
+
+    def _turns(self) -> tuple[Any, Any]:
+        return (
             frame.button("Previous", lambda: self.select(self._at - 1), key="Alt-ArrowUp"),
             frame.button("Next", lambda: self.select(self._at + 1), key="Alt-ArrowDown"),
-        ]
+        )
 
     @property
     def box(self) -> Box:
@@ -130,7 +136,9 @@ class CropViewer:
         self._at = index
         try:
             if index not in self._cut:
-                self._cut[index] = _look(self._photos[index], self._session, self._shapes)
+                self._cut[index] = _look(
+                    self._photos[index], self._session, self._shapes, self._crop
+                )
             self._tell(self._cut[index].origin, "done")
         except ColabToolsError as error:
             self._whole.value = self._result.value = frame.picture_bytes(self._photos[index], 64)
@@ -189,9 +197,12 @@ class CropViewer:
     def _draw(self) -> None:
         name = self._photos[self._at].name
         self._strip.show(self._at, lambda _index: "")
+        self._previous.disabled = self._at == 0
+        self._next.disabled = self._at == len(self._photos) - 1
         if cut := self._cut.get(self._at):
             place = f"{self._at + 1} of {len(self._photos)}: {name}"
-            self._title.value = frame.title(f"{place}, kept {_words(cut.box)} of {cut.size}")
+            size = f"{cut.size[0]} x {cut.size[1]}"
+            self._title.value = frame.title(f"{place}, kept {_words(cut.box)} of {size}")
             self._whole.value, self._result.value = (
                 frame.png_bytes(cut.framed()),
                 frame.png_bytes(cut.result()),
@@ -232,11 +243,11 @@ class _Cut:
         return images.cut(self.small, self._small_box(), size)
 
 
-def _look(photo: Path, session: Session, shapes: Sequence[tuple[int, int]]) -> _Cut:
+def _look(photo: Path, session: Session, shapes: Sequence[tuple[int, int]], crop: str) -> _Cut:
     """The part of a photo that `prepare` keeps, and why."""
     picture = images.load_upright(photo)
     size, shape = picture.size, nearest_bucket(*picture.size, shapes)
-    found = images.find_crop(picture, *shape)
+    found = _find_box(picture, shape, crop)
     picture.thumbnail((_SHOWN_PX, _SHOWN_PX))
     by_hand = read_box(photo, session)
     if by_hand is None:
@@ -246,6 +257,13 @@ def _look(photo: Path, session: Session, shapes: Sequence[tuple[int, int]]) -> _
         told = f"as found: the box kept for it was of a photo of {then[0]} x {then[1]} pixels"
         return _Cut(picture, size, shape, found, told)
     return _Cut(picture, size, shape, fit_box(box, size, shape), "chosen by hand")
+
+
+def _find_box(picture: Image.Image, shape: tuple[int, int], crop: str) -> Box:
+    if crop == "centre":
+        return images.centre_crop(picture, *shape)
+    is_cut = picture.width * shape[1] != picture.height * shape[0]
+    return images.find_crop(picture, *shape, faces=images.find_faces(picture) if is_cut else ())
 
 
 def _shapes(config: PrepareConfig) -> tuple[tuple[int, int], ...]:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from colabtools import env
+from colabtools import env, images
 from colabtools.dreambooth.config import PrepareConfig
+from colabtools.dreambooth.dataset import prepare
 from colabtools.dreambooth.session import Session
 from colabtools.dreambooth.widgets import CropViewer, edit_crops
 from colabtools.drive import Workspace
@@ -84,6 +85,18 @@ def test_at_the_edge_it_says_so_and_saves_nothing(viewer: CropViewer, session: S
     assert not (session.folder / "crops").exists()
 
 
+def test_one_goes_no_further_than_the_first_and_the_last(viewer: CropViewer) -> None:
+    buttons = {each.description: each for each in viewer.form.children[3].children}
+    ends = []
+    for _ in range(3):
+        ends.append((buttons["Previous"].disabled, buttons["Next"].disabled))
+        buttons["Next"].click()
+    assert ends == [(True, False), (False, False), (False, True)]
+    assert "3 of 3: c square.png, kept 200 x 200 pixels from (0, 0) of 200 x 200" in (
+        viewer.form.children[1].value
+    )
+
+
 def test_as_found_forgets_the_box(viewer: CropViewer, session: Session) -> None:
     found = viewer.box
     viewer.move(1, 0)
@@ -136,6 +149,32 @@ def test_a_box_of_another_photo_of_that_name_is_not_used(
     again = CropViewer(session, PrepareConfig(images=str(photos)))
     assert again.box == (25, 0, 75, 50)
     assert "was of a photo of 600 x 400 pixels" in again.state
+
+
+@pytest.mark.parametrize("crop", ("subject", "centre"))
+def test_what_it_shows_before_a_nudge_is_what_prepare_keeps(
+    workspace: Workspace, tmp_path: Path, crop: str
+) -> None:
+    folder = tmp_path / "one photo"
+    folder.mkdir()
+    photo = Image.new("RGB", (600, 400), "white")
+    photo.paste("red", (10, 150, 90, 250))
+    photo.save(folder / "dog.png")
+    config = PrepareConfig(images=str(folder), crop=crop)
+    prepared = prepare(workspace, f"by {crop}", config)
+    viewer = CropViewer(prepared.session, config)
+    (example,) = prepared.examples
+    shown = images.cut(photo, viewer.box, example.size)
+    assert shown.tobytes() == images.load_upright(example.path).tobytes()
+
+
+def test_the_faces_that_prepare_keeps_are_kept_here(
+    session: Session, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "find_faces", lambda _picture: ((0, 100, 80, 180),))
+    viewer = CropViewer(session, PrepareConfig(images=str(photos)))
+    # Of one colour, the middle would be kept.
+    assert viewer.box[0] < 10
 
 
 def test_a_damaged_photo_or_sidecar_is_told_and_the_others_serve(
