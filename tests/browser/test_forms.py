@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 from PIL import Image, ImageDraw
 
-from colabtools.dreambooth.session import Session, create_session, session_names
+from colabtools.dreambooth.session import Session, create_session, open_session, session_names
 from colabtools.drive import Workspace, open_local
 
-from .conftest import Lab, wait
+from .conftest import ROOT, Lab, wait
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(240)]
 
@@ -236,3 +237,27 @@ def test_a_session_is_picked_and_room_is_freed_by_a_second_word(
     assert not session.samples_dir.exists()
     assert session.instance_images_dir.is_dir()
     screenshot("space-freed")
+
+
+def test_the_notebook_shows_its_forms_and_saves_what_is_chosen(
+    lab: Lab, browser: Any, screenshot: Callable[[str], Path]
+) -> None:
+    cells = nbformat.read(ROOT / "notebooks" / "dreambooth_training.ipynb", as_version=4).cells
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    last = next(i for i, source in enumerate(code) if "6. Edit captions" in source)
+    lab.open(browser, code[: last + 1])
+    shown = ("sessions", "space", "crops", "captions")
+    for form in shown:
+        wait(lambda form=form: find(browser, f".colabtools-{form}").text, form, 60)
+    session = open_session(Workspace(lab.folder / "workspace"), "my-subject")
+    screenshot("notebook")
+
+    click(browser, ".colabtools-crops", "Closer")
+    words = "kept 61 x 61 pixels"
+    wait(lambda: words in find(browser, ".colabtools-crops").text, "the smaller crop")
+    wait(lambda: kept_box(session, "1"), "the crop in its file")
+    screenshot("notebook-crops")
+    retype(browser, find(browser, ".colabtools-captions textarea"), "a sks star, small")
+    file = session.captions_dir / "1.txt"
+    wait(lambda: file.read_text("utf-8") == "a sks star, small\n", "the caption in its file")
+    screenshot("notebook-captions")

@@ -10,7 +10,8 @@ from typing import Any
 import nbformat
 import pytest
 
-from colabtools import drive, report
+from colabtools import drive, micro, report
+from colabtools.checkpoints.inspect import inspect
 from colabtools.dreambooth import dataset, evaluate, export, generate, train, widgets
 from colabtools.dreambooth.config import (
     EvaluateConfig,
@@ -62,8 +63,14 @@ CHANGED: dict[str, tuple[Any, str]] = {
     "unet_lr": (3e-6, "train.unet_lr"),
     "unet_steps": (9, "train.unet_steps"),
 }
-# These are no settings of a config; the last turns a step on.
-OTHERS = {"workspace_folder": "my work", "session_name": "dog", "evaluate_model": True}
+# These are no settings of a config; the last two turn a step on.
+OTHERS = {
+    "workspace_folder": "my work",
+    "session_name": "dog",
+    "convert_to": "model.safetensors",
+    "evaluate_model": True,
+    "convert_from": str(micro.sd_path()),
+}
 
 
 def sources() -> tuple[str, list[str]]:
@@ -99,6 +106,12 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(drive, "mount", lambda folder: f"opened {folder}")
     calls["shown"] = ("", "", shown)
     return calls
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step writes by a relative path lands here."""
+    monkeypatch.chdir(tmp_path)
 
 
 def run_cells(settings: dict[str, Any], called: Calls) -> None:
@@ -209,3 +222,12 @@ def test_the_encoders_of_the_hub_are_asked_for_only_when_told(called: Calls) -> 
     run_cells(default_settings(), called)
     assert "evaluate" not in called
     assert "export" in called
+
+
+def test_another_model_is_converted_only_when_told(called: Calls, tmp_path: Path) -> None:
+    run_cells(default_settings(), called)
+    assert list(tmp_path.iterdir()) == []
+    run_cells({**default_settings(), **OTHERS}, called)
+    converted = tmp_path / "model.safetensors"
+    assert inspect(converted).family == "sd1"
+    assert list(tmp_path.iterdir()) == [converted]

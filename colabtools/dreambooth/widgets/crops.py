@@ -248,7 +248,9 @@ def _look(photo: Path, session: Session, shapes: Sequence[tuple[int, int]], crop
     picture = images.load_upright(photo)
     size, shape = picture.size, nearest_bucket(*picture.size, shapes)
     found = _find_box(picture, shape, crop)
-    picture.thumbnail((_SHOWN_PX, _SHOWN_PX))
+    # One of few pixels is made larger: a line round its box would hide the box.
+    scale = _SHOWN_PX / max(size)
+    picture = picture.resize((max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
     by_hand = read_box(photo, session)
     if by_hand is None:
         return _Cut(picture, size, shape, found, "as found")

@@ -55,6 +55,14 @@ def test_it_shows_the_box_that_was_found(viewer: CropViewer) -> None:
     assert "as found" in viewer.state
 
 
+def test_a_small_photo_is_shown_large(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    Image.new("RGB", (64, 32), "navy").save(tmp_path / "small" / "dog.png")
+    viewer = CropViewer(session, PrepareConfig(images=str(tmp_path / "small")))
+    assert pictures(viewer)[0].size == (360, 180)
+    assert viewer.box == (16, 0, 48, 32)
+
+
 def test_a_nudge_is_saved_and_there_the_next_time(
     viewer: CropViewer, session: Session, photos: Path
 ) -> None:
