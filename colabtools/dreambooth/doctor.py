@@ -244,10 +244,12 @@ def _draw_row(photo: Photo, row: dict[str, Any]) -> str:
     remarks = [f'<div class="hint">{html.escape(hint)}</div>' for hint in row["hints"]]
     if row["reason"]:
         remarks.insert(0, f'<div class="reason">{html.escape("left out: " + row["reason"])}</div>')
+    size = photo.size
     cells = [
         _draw_thumbnail(photo.thumbnail, _draw_box(photo)),
         "" if photo.reason else _draw_thumbnail(photo.picture_thumbnail),
-        f"{html.escape(_printable(row['photo']))}<br>{photo.size[0]} x {photo.size[1]}",
+        html.escape(_printable(row["photo"]))
+        + (f"<br>{size[0]} x {size[1]}" if photo.area else ""),
         html.escape(row["prompt"] or ""),
         "" if row["tokens"] is None else str(row["tokens"]),
         "".join(remarks),
@@ -263,7 +265,7 @@ def _printable(name: str) -> str:
 
 def _draw_box(photo: Photo) -> str:
     width, height = photo.size
-    if photo.reason or not photo.area:
+    if photo.reason or not photo.area or photo.box == (0, 0, width, height):
         return ""
     left, top, right, bottom = photo.box
     sides = (
