@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
@@ -39,6 +40,9 @@ _EXTRA_64 = 1
 _MAX_DIRECTORY_BYTES = 8 * 1024**2
 _MAX_ENTRIES = 50_000
 _ENCRYPTED = 0x1 | 0x40
+# Between entries lies at most what repeats the sizes of one. The shortest entry has 31 bytes, so
+# none can hide there from the directory.
+_MAX_GAP_BYTES = 24
 _NAME = re.compile(
     rb"([^/\\\0]+)/(data/[0-9]+|data\.pkl|version|byteorder|\.format_version|\.storage_alignment"
     rb"|\.data/serialization_id)"
@@ -82,20 +86,28 @@ class _Reader:
         begin, end, count = self._directory()
         rows = sorted(self._rows(self._read(begin, end - begin), count), key=lambda row: row.offset)
         found: dict[str, StoredFile] = {}
-        folders, last = set(), 0
+        folder, last, former = b"", 0, ""
         for row in rows:
             match = _NAME.fullmatch(row.name)
             if match is None:
                 raise self._damaged(f"it has an entry {self._shown(row)}, which torch never writes")
+            folder = folder or match[1]
+            if match[1] != folder:
+                raise self._damaged(f"{former} and {self._shown(row)} are in two folders")
             name = match[2].decode()
-            folders.add(match[1])
-            if name in found or len(folders) > 1:
+            if name in found:
                 raise self._damaged(f"it has {name} twice")
             if row.offset < last:
-                raise self._damaged(f"its entry {self._shown(row)} overlaps another")
+                raise self._damaged(f"its entry {self._shown(row)} overlaps {former}")
+            self._ensure_nothing_hides(last, row.offset)
             found[name] = self._stored(name, row, begin)
-            last = found[name].end
+            last, former = found[name].end, self._shown(row)
+        self._ensure_nothing_hides(last, begin)
         return found
+
+    def _ensure_nothing_hides(self, begin: int, end: int) -> None:
+        if end - begin > _MAX_GAP_BYTES:
+            raise self._damaged(f"{end - begin} bytes at byte {begin} are in no entry")
 
     def _directory(self) -> tuple[int, int, int]:
         """Return where the directory begins and ends, and how many entries it has."""
@@ -151,7 +163,7 @@ class _Reader:
                 raise self._damaged("the directory of its archive has too few entries")
             fields = _CENTRAL.unpack_from(text, at)
             sign, _, _, flags, method, _, _, _, packed, size, *lengths = fields
-            name_length, extra_length, comment_length = lengths[:3]
+            name_length, _, comment_length = lengths[:3]
             begin, at = at + _CENTRAL.size, at + _CENTRAL.size + sum(lengths[:3])
             if sign != _SIGN_CENTRAL or at > len(text):
                 raise self._damaged("the directory of its archive cannot be read")
@@ -159,8 +171,11 @@ class _Reader:
             extra = text[begin + name_length : at - comment_length]
             size, packed, offset = self._wide(extra, size, packed, fields[-1])
             row = _Row(name, offset, size)
-            if method != 0 or flags & _ENCRYPTED or size != packed:
-                raise self._damaged(f"its entry {self._shown(row)} is compressed or encrypted")
+            self._ensure_plain(row, flags, method)
+            self._ensure_size(row, packed)
+            # Where Unix wrote the entry, the upper half of its attributes is what stat() said.
+            if stat.S_IFMT(fields[-2] >> 16) not in (0, stat.S_IFREG):
+                raise self._damaged(f"its entry {self._shown(row)} is a link or a folder")
             rows.append(row)
         if at != len(text):
             raise self._damaged("the directory of its archive has too many entries")
@@ -181,24 +196,37 @@ class _Reader:
                 numbers = iter(struct.unpack_from(f"<{needed}Q", wide))
                 return [next(numbers) if each == _MAX_32 else each for each in narrow]
             at += 4 + length
-        raise self._damaged("the directory of its archive lacks a size")
+        raise self._damaged("its archive lacks a size in 64 bits")
 
     def _stored(self, name: str, row: _Row, limit: int) -> StoredFile:
         """Return where the data of an entry are, which the header before them must confirm."""
         head = self._read(row.offset, _LOCAL.size + len(row.name))
         sign, _, flags, method, _, _, _, packed, size, *lengths = _LOCAL.unpack_from(head)
         named = head[_LOCAL.size :] == row.name and lengths[0] == len(row.name)
-        # Bit 3: the sizes follow the data, and stand here as zeros; a narrow field can be full.
-        streamed = flags & 0x8 and not packed and not size
-        true = {row.size_bytes, _MAX_32}
-        if sign != _SIGN_LOCAL or not named or method != 0 or flags & _ENCRYPTED:
-            raise self._damaged(f"its entry {self._shown(row)} is described in two ways")
-        if not streamed and not {packed, size} <= true:
-            raise self._damaged(f"its entry {self._shown(row)} has two sizes")
-        begin = row.offset + _LOCAL.size + sum(lengths)
+        if sign != _SIGN_LOCAL or not named:
+            raise self._damaged(f"its entry {self._shown(row)} has another name before its data")
+        self._ensure_plain(row, flags, method)
+        if _MAX_32 in (size, packed):
+            extra = self._read(row.offset + len(head), lengths[1])
+            size, packed = self._wide(extra, size, packed)
+        # Bit 3: the sizes follow the data, and stand here as zeros.
+        if not flags & 0x8 or packed or size:
+            self._ensure_size(row, size)
+            self._ensure_size(row, packed)
+        begin = row.offset + len(head) + lengths[1]
         if begin + row.size_bytes > limit:
             raise self._damaged(f"its entry {self._shown(row)} reaches past its data")
         return StoredFile(name, begin, begin + row.size_bytes)
+
+    def _ensure_plain(self, row: _Row, flags: int, method: int) -> None:
+        if method != 0 or flags & _ENCRYPTED:
+            how = "encrypted" if flags & _ENCRYPTED else "compressed"
+            raise self._damaged(f"its entry {self._shown(row)} is {how}")
+
+    def _ensure_size(self, row: _Row, size_bytes: int) -> None:
+        if size_bytes != row.size_bytes:
+            sizes = f"{row.size_bytes} and {size_bytes} bytes"
+            raise self._damaged(f"its entry {self._shown(row)} has two sizes, {sizes}")
 
     def _read(self, begin: int, count: int) -> bytes:
         if begin < 0 or begin + count > self._size:

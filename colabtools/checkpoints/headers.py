@@ -221,7 +221,7 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
     try:
         rows = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = " ".join(str(error).split())[:300]
         raise _damaged(path, f"its header cannot be read ({reason})") from error
     if not isinstance(rows, dict):
         raise _damaged(path, "its header is no JSON object")

@@ -150,13 +150,15 @@ class Machine:
                 self._steps += 1
                 if self._steps > _MAX_STEPS:
                     raise self._damaged(f"its pickle takes more than {_MAX_STEPS} steps")
+            value = self._stack.pop()
             self.at += 1
-            return self._stack.pop()
+            return value
         except CheckpointError:
             raise
         except (AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
-            if self.at >= len(data) and self._cut:
-                raise self._damaged(f"its pickle has more than {len(data)} bytes") from error
+            if self.at >= len(data):
+                fault = "has more than" if self._cut else "lacks its end, after"
+                raise self._damaged(f"its pickle {fault} {len(data)} bytes") from error
             raise self._damaged(f"its pickle cannot be read at byte {self.at}") from error
 
     def _damaged(self, fault: str) -> CheckpointError:
@@ -182,6 +184,8 @@ class Machine:
     def _take(self, count: int) -> bytes:
         begin, self.at = self.at, self.at + count
         if self.at > len(self._data):
+            if not self._cut:
+                raise self._damaged(f"its pickle lacks its end, in a value of {count} bytes")
             raise IndexError(self.at)
         return self._data[begin : self.at]
 
