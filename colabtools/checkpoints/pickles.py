@@ -213,11 +213,14 @@ def _tensors(value: object, path: Path) -> Iterator[tuple[str, StoredTensor]]:
         if type(each) is StoredTensor:
             yield name or "tensor", each
             continue
-        rows = list(each.items() if type(each) is dict else enumerate(_sequence(each)))
-        values += len(rows)
+        inside = each if type(each) is dict else _sequence(each)
+        values += len(inside)
+        if depth == _MAX_DEPTH or values > _MAX_VALUES:
+            raise _unusable(path, "it holds more than the tensors of a model")
+        rows = inside.items() if isinstance(inside, dict) else enumerate(inside)
         inner = [(_key(key), item, depth + 1) for key, item in rows if _is_of_interest(item)]
         letters += sum(len(name) + len(key) + 1 for key, _, _ in inner)
-        if depth == _MAX_DEPTH or values > _MAX_VALUES or letters > _MAX_LETTERS:
+        if letters > _MAX_LETTERS:
             raise _unusable(path, "it holds more than the tensors of a model")
         prefix = f"{name}." if name else ""
         waiting += [(f"{prefix}{key}", item, deep) for key, item, deep in reversed(inner)]

@@ -384,7 +384,7 @@ def controls() -> dict[str, bytes]:
 
 
 CHILD = """
-import contextlib, io, json, os, pickle, resource, sys, time, zipfile
+import contextlib, io, json, os, pickle, resource, signal, sys, time, zipfile
 from pathlib import Path
 from colabtools import cli
 from colabtools.checkpoints import inspect as _
@@ -395,12 +395,19 @@ def inspect(path):
 def convert(path):
     return cli.main(["convert", path, "out.safetensors"])
 
+def walk(value):
+    return sum(map(walk, value)) if type(value) is list else 1
+
 def believe(path):
     if not zipfile.is_zipfile(path):
-        return pickle.loads(Path(path).read_bytes()) and 0
+        return walk(pickle.loads(Path(path).read_bytes()))
     with zipfile.ZipFile(path) as archive:
         return sum(archive.read(name) == b"" for name in archive.namelist())
 
+def stop(*_):
+    raise RuntimeError("out of time")
+
+signal.signal(signal.SIGPROF, stop)
 now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + 200 * 2**20,) * 2)
 before = set(os.listdir())
@@ -408,10 +415,12 @@ for path in sorted(Path("corpus").iterdir()):
     for verb in sys.argv[1:]:
         out, err, begin = io.StringIO(), io.StringIO(), time.process_time()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            signal.setitimer(signal.ITIMER_PROF, 1.5)
             try:
                 code = globals()[verb](str(path))
             except BaseException as error:
                 code = repr(error)[:200]
+        signal.setitimer(signal.ITIMER_PROF, 0)
         seconds, left = time.process_time() - begin, sorted(set(os.listdir()) - before)
         for name in left:
             os.remove(name)
@@ -471,7 +480,7 @@ def test_nothing_hostile_runs_or_takes_long_and_each_trick_is_named(tmp_path: Pa
 def test_a_reader_that_believes_is_found_out(tmp_path: Path) -> None:
     files = {name: b"\x80\x02%b." % body for name, (body, _) in RUNNING.items()} | {
         "bomb": packed(bomb()),
-        "colliding names": b"\x80\x02%b." % HARMLESS["colliding names"],
+        "laughs": b"\x80\x02%b." % SWELLING["laughs"],
     }
     (tmp_path / "corpus").mkdir()
     for name, data in files.items():
@@ -483,7 +492,8 @@ def test_a_reader_that_believes_is_found_out(tmp_path: Path) -> None:
     for name in RUNNING:
         assert "left ['canary']" in found[name][1]
     assert found["bomb"][0].startswith("MemoryError(")
-    assert "slow" in found["colliding names"][1]
+    assert found["laughs"][0] == "RuntimeError('out of time')"
+    assert "slow" in found["laughs"][1]
 
 
 def test_a_file_that_is_admitted_or_refused_for_another_reason_is_found_out(tmp_path: Path) -> None:
@@ -507,5 +517,6 @@ def test_without_its_trick_a_file_is_admitted_and_converted(
     assert cli.main(["convert", str(path), str(made)]) == 0
     values = b"".join(data for _, _, data in file_content(made).values())
     assert values in (DATA[0] + DATA[1], bytes(160) + DATA[1])
-    if path.suffix == ".ckpt":
+    # Torch takes more than a second for names that collide.
+    if path.suffix == ".ckpt" and "colliding" not in name:
         assert torch.load(path, weights_only=True)[UP].flatten().tolist() == list(range(40, 80))
