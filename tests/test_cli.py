@@ -538,7 +538,10 @@ def session_with(name: str, verb: str) -> Callable[[Path], list[str]]:
 
 WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "images are a file": (images_is_a_file, "is a file; give the folder that it is in"),
-    "images hold a text": (images_has_a_text, "b.jpg cannot be read as a picture"),
+    "images hold a text": (
+        images_has_a_text,
+        "none of the 2 photos in 'photos' can be used; 'a.png': 9 x 9 pixels are too few",
+    ),
     "no images": (no_images, "no photos in 'photos'; put some of"),
     "no steps": (no_steps, "text_encoder_steps and unet_steps are both 0"),
     **{
