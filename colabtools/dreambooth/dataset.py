@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colabtools import images, micro
-from colabtools.dreambooth.buckets import bucket_shapes, bucket_step
 from colabtools.dreambooth.captions import (
     CAPTION_SUFFIXES,
     check_captions,
@@ -23,12 +22,7 @@ from colabtools.dreambooth.photos import Cutting, Photo, pixels_digest
 from colabtools.dreambooth.session import create_session, planned_session
 from colabtools.dreambooth.tokens import count_tokens
 from colabtools.drive import atomic_path, sha256_of, workspace_error, write_atomic
-from colabtools.errors import (
-    ConfigError,
-    DatasetError,
-    ImageError,
-    WorkspaceError,
-)
+from colabtools.errors import ConfigError, DatasetError, ImageError, WorkspaceError
 from colabtools.report import get_logger, progress
 
 if TYPE_CHECKING:
@@ -100,12 +94,10 @@ def prepare(workspace: Workspace, session_name: str, config: PrepareConfig) -> P
         SessionError: the name cannot be a folder's, or the session's record is damaged.
         WorkspaceError: the pictures cannot be stored.
     """
-    side = config.side
-    shapes = bucket_shapes(side, bucket_step(side)) if config.buckets else ((side, side),)
+    cutting = Cutting.of(config)
     found = _find_photos(config.images)
     written = _find_captions(found, config.instance_prompt.strip())
     session = planned_session(workspace, session_name)
-    cutting = Cutting(shapes=shapes, crop=config.crop)
     with tempfile.TemporaryDirectory(prefix="colabtools-photos-") as staging:
         photos = examine_all(found, cutting, session, Path(staging))
         session = create_session(workspace, session_name)

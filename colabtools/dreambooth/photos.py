@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from colabtools import images
 from colabtools.dreambooth.boxes import fit_box, read_box
-from colabtools.dreambooth.buckets import nearest_bucket
+from colabtools.dreambooth.buckets import bucket_shapes, bucket_step, nearest_bucket
 from colabtools.errors import DatasetError, ImageError
 from colabtools.report import get_logger
 from colabtools.storage import patiently, sha256_of, workspace_error
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from colabtools.dreambooth.config import PrepareConfig
     from colabtools.dreambooth.session import Session
 
     Size: TypeAlias = tuple[int, int]
@@ -31,6 +32,7 @@ __all__ = [
     "Photo",
     "ensure_any",
     "examine",
+    "find_box",
     "name_twins",
     "pixels_digest",
 ]
@@ -63,6 +65,18 @@ class Cutting:
 
     shapes: tuple[Size, ...]
     crop: str
+
+    @classmethod
+    def of(cls, config: PrepareConfig) -> Cutting:
+        """Return what the settings ask for.
+
+        Raises:
+            ConfigError: the base model was not made for this resolution.
+            ModelError: the base model is not known.
+        """
+        side = config.side
+        shapes = bucket_shapes(side, bucket_step(side)) if config.buckets else ((side, side),)
+        return cls(shapes=shapes, crop=config.crop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +247,17 @@ def _choose_box(path: Path, photo: Image.Image, shape: Size, crop: str, chosen: 
             *chosen[1],
             *photo.size,
         )
+    return find_box(photo, shape, crop)
+
+
+def find_box(photo: Image.Image, shape: Size, crop: str) -> images.Box:
+    """The part of an upright photo to keep where nobody chose one: left, top, right, bottom.
+
+    Args:
+        photo: RGB, of any size.
+        shape: width and height of the training picture.
+        crop: "subject" or "centre".
+    """
     if crop == "centre":
         return images.centre_crop(photo, *shape)
     faces = images.find_faces(photo) if photo.width * shape[1] != photo.height * shape[0] else ()
@@ -294,7 +319,7 @@ def ensure_any(photos: Sequence[Photo], folder: str) -> None:
     Raises:
         DatasetError: none can; the first reason is given.
     """
-    if not any(not photo.reason for photo in photos):
+    if all(photo.reason for photo in photos):
         raise DatasetError(
             f"none of the {len(photos)} photos in {folder!r} can be used; "
             f"{photos[0].path.name!r}: {photos[0].reason}"

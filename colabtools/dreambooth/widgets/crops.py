@@ -16,15 +16,14 @@ from colabtools.dreambooth.boxes import (
     scale_box,
     write_box,
 )
-from colabtools.dreambooth.buckets import bucket_shapes, bucket_step, nearest_bucket
+from colabtools.dreambooth.buckets import nearest_bucket
+from colabtools.dreambooth.photos import Cutting, find_box
 from colabtools.dreambooth.session import create_session
 from colabtools.dreambooth.widgets import frame
 from colabtools.errors import ColabToolsError, DatasetError
 from colabtools.storage import workspace_error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from PIL import Image
 
     from colabtools import env
@@ -76,7 +75,7 @@ class CropViewer:
     def __init__(self, session: Session, config: PrepareConfig) -> None:
         kit = frame.toolkit()
         self._session = session
-        self._shapes, self._crop = _shapes(config), config.crop
+        self._cutting = Cutting.of(config)
         self._photos = _find_photos(config.images)
         self._cut: dict[int, _Cut] = {}
         self._laters = {
@@ -136,9 +135,7 @@ class CropViewer:
         self._at = index
         try:
             if index not in self._cut:
-                self._cut[index] = _look(
-                    self._photos[index], self._session, self._shapes, self._crop
-                )
+                self._cut[index] = _look(self._photos[index], self._session, self._cutting)
             self._tell(self._cut[index].origin, "done")
         except ColabToolsError as error:
             self._whole.value = self._result.value = frame.picture_bytes(self._photos[index], 64)
@@ -243,11 +240,11 @@ class _Cut:
         return images.cut(self.small, self._small_box(), size)
 
 
-def _look(photo: Path, session: Session, shapes: Sequence[tuple[int, int]], crop: str) -> _Cut:
+def _look(photo: Path, session: Session, cutting: Cutting) -> _Cut:
     """The part of a photo that `prepare` keeps, and why."""
     picture = images.load_upright(photo)
-    size, shape = picture.size, nearest_bucket(*picture.size, shapes)
-    found = _find_box(picture, shape, crop)
+    size, shape = picture.size, nearest_bucket(*picture.size, cutting.shapes)
+    found = find_box(picture, shape, cutting.crop)
     # One of few pixels is made larger: a line round its box would hide the box.
     scale = _SHOWN_PX / max(size)
     picture = picture.resize((max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
@@ -259,18 +256,6 @@ def _look(photo: Path, session: Session, shapes: Sequence[tuple[int, int]], crop
         told = f"as found: the box kept for it was of a photo of {then[0]} x {then[1]} pixels"
         return _Cut(picture, size, shape, found, told)
     return _Cut(picture, size, shape, fit_box(box, size, shape), "chosen by hand")
-
-
-def _find_box(picture: Image.Image, shape: tuple[int, int], crop: str) -> Box:
-    if crop == "centre":
-        return images.centre_crop(picture, *shape)
-    is_cut = picture.width * shape[1] != picture.height * shape[0]
-    return images.find_crop(picture, *shape, faces=images.find_faces(picture) if is_cut else ())
-
-
-def _shapes(config: PrepareConfig) -> tuple[tuple[int, int], ...]:
-    side = config.side
-    return bucket_shapes(side, bucket_step(side)) if config.buckets else ((side, side),)
 
 
 def _find_photos(text: str) -> list[Path]:
