@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -25,6 +24,9 @@ __all__ = ["find_faces"]
 _SIDE_PX = 384
 _LEAST_PX = 24
 _NEIGHBOURS = 5
+
+_loading = threading.Lock()
+_of_thread = threading.local()
 
 
 def find_faces(picture: Image.Image) -> tuple[FaceBox, ...]:
@@ -52,13 +54,15 @@ def find_faces(picture: Image.Image) -> tuple[FaceBox, ...]:
     return tuple(sorted(boxes, key=lambda box: box[0] - box[2]))
 
 
-@functools.cache
 def _detector() -> _Detect | None:
-    """Return the detector of the first library that has one with weights."""
-    for name, load in (("cv2", _load_opencv), ("skimage", _load_skimage)):
-        if importlib.util.find_spec(name) is not None and (detect := load()) is not None:
-            return detect
-    return None
+    """Return this thread's detector, of the first library that has one with weights."""
+    # One each: OpenCV's cascade keeps the picture that it works on. Loaded one at a time: a thread
+    # that looks at cv2 while another imports it finds half a module.
+    if not hasattr(_of_thread, "detect"):
+        with _loading:
+            _of_thread.detect = _load_opencv() or _load_skimage()
+    found: _Detect | None = _of_thread.detect
+    return found
 
 
 def _load_opencv() -> _Detect | None:

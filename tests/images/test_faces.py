@@ -1,7 +1,10 @@
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,11 +18,35 @@ from colabtools.images.faces import find_faces
 FACE = (178, 65, 265, 175)
 
 
+# What OpenCV does that matters to threads: while it is imported the module has no __spec__, and a
+# cascade keeps the picture that it works on.
+OPENCV = """
+    import sys, threading, time
+    from pathlib import Path
+
+    spec, __spec__ = __spec__, None
+    time.sleep(0.2)
+    __spec__ = spec
+
+    class data:
+        haarcascades = str(Path(__file__).parent)
+
+    class CascadeClassifier:
+        def __init__(self, path):
+            self.owner = threading.get_ident()
+
+        def empty(self):
+            return False
+
+        def detectMultiScale(self, grey, *_, **__):
+            assert threading.get_ident() == self.owner
+            return [(1, 2, 3, 4)]
+"""
+
+
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    faces._detector.cache_clear()
-    yield
-    faces._detector.cache_clear()
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faces, "_of_thread", threading.local())
 
 
 def test_a_face_is_found_where_it_is_at_any_size() -> None:
@@ -51,5 +78,20 @@ def test_other_things_and_tiny_pictures_have_no_face() -> None:
 
 
 def test_without_a_detector_there_are_no_faces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    for name in ("cv2", "skimage.data"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert find_faces(Image.fromarray(data.astronaut())) == ()
+
+
+def test_threads_that_begin_together_find_one_detector_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cv2.py").write_text(textwrap.dedent(OPENCV))
+    (tmp_path / "haarcascade_frontalface_default.xml").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "cv2", raising=False)
+    photos = [Image.new("RGB", (64, 64))] * 32
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(find_faces, photos))
+    monkeypatch.delitem(sys.modules, "cv2")
+    assert found == [((1, 2, 4, 6),)] * 32
