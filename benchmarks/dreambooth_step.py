@@ -45,12 +45,12 @@ from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
 from colabtools import drive, micro, report
+from colabtools.devices import half_dtype, torch_device
 from colabtools.dreambooth import train
 from colabtools.dreambooth.config import PrepareConfig
 from colabtools.dreambooth.dataset import prepare
 from colabtools.dreambooth.loop import StageLoop
 from colabtools.dreambooth.lora import TARGET_MODULES, AdapterConfig, add_adapter
-from colabtools.dreambooth.models import half_dtype, torch_device
 from colabtools.dreambooth.run import Run
 from colabtools.dreambooth.train_config import TrainConfig
 from colabtools.dreambooth.world import World

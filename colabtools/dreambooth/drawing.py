@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from colabtools.dreambooth.models import half_dtype, torch_device
+from colabtools.devices import half_dtype, torch_device
 from colabtools.drive import atomic_path
 from colabtools.errors import ConfigError
 

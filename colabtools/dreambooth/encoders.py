@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from colabtools import images
-from colabtools.dreambooth.models import torch_device
+from colabtools.devices import torch_device
 from colabtools.errors import ModelError
 from colabtools.report import progress
 

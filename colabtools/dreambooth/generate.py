@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from colabtools.devices import half_dtype, torch_device
 from colabtools.dreambooth.dataset import first_captions, load_examples
 from colabtools.dreambooth.drawing import (
     Drawing,
@@ -23,13 +24,7 @@ from colabtools.dreambooth.drawing import (
     save_picture,
 )
 from colabtools.dreambooth.losses import zero_terminal_snr
-from colabtools.dreambooth.models import (
-    half_dtype,
-    load_models,
-    load_pipeline,
-    suitable_threads,
-    torch_device,
-)
+from colabtools.dreambooth.models import load_models, load_pipeline, suitable_threads
 from colabtools.dreambooth.session import open_session
 from colabtools.dreambooth.state import find_trained, latest_trained
 from colabtools.errors import CheckpointError

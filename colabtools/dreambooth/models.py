@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from colabtools import env
 from colabtools.dreambooth.families import FAMILIES, Models
 from colabtools.errors import ConfigError, MissingDependencyError, ModelError
 from colabtools.registry import fetch_configs, resolve_base
@@ -28,31 +27,13 @@ if TYPE_CHECKING:
     from colabtools.registry import Base
 
 __all__ = [
-    "half_dtype",
     "load_models",
     "load_pipeline",
     "release",
     "suitable_threads",
     "to_trainable_fp32",
-    "torch_device",
     "wrap_pipeline",
 ]
-
-
-def torch_device() -> torch.device:
-    """Return the GPU if torch sees one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def half_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype to compute in: bf16 or fp16 by compute capability, None (fp32) on the CPU.
-
-    torch claims bf16 on cards that only emulate it, so the capability decides.
-    """
-    if device.type != "cuda":
-        return None
-    gpu = env.gpu()
-    return torch.bfloat16 if gpu is not None and gpu.supports_bf16 else torch.float16
 
 
 @contextmanager

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from colabtools.devices import half_dtype
 from colabtools.dreambooth import lora
 from colabtools.dreambooth.activations import switch_checkpointing
-from colabtools.dreambooth.models import half_dtype, load_pipeline, to_trainable_fp32
+from colabtools.dreambooth.models import load_pipeline, to_trainable_fp32
 from colabtools.dreambooth.optimizers import can_use_8bit
 from colabtools.dreambooth.randomness import derive_seed
 from colabtools.errors import CheckpointError, ConfigError

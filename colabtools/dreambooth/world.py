@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from colabtools.dreambooth.models import torch_device
+from colabtools.devices import torch_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from colabtools import env, registry
+from colabtools import registry
 from colabtools.dreambooth import models
 from colabtools.dreambooth.families import FAMILIES
 from colabtools.errors import ConfigError, MissingDependencyError, ModelError
@@ -288,15 +288,3 @@ def test_loading_never_holds_the_weights_twice(
         check=True,
     )
     assert 0.8 * size_bytes < int(done.stdout) < 1.3 * size_bytes
-
-
-@pytest.mark.parametrize(
-    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
-)
-def test_the_capability_of_the_card_decides_between_fp16_and_bf16(
-    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    card = env.Gpu("a card", capability, 16 << 30, 15 << 30)
-    monkeypatch.setattr(env, "gpu", lambda: card)
-    assert models.half_dtype(torch.device("cuda")) is dtype
-    assert models.half_dtype(torch.device("cpu")) is None
