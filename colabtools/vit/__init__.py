@@ -7,4 +7,6 @@ Attention costs the square of T, and T grows with the square of the picture's si
 ViTs of the original paper squash it to a square, they neither crop nor pad.
 """
 
-__all__: list[str] = []
+from colabtools.vit.model import load
+
+__all__ = ["load"]

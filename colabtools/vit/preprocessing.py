@@ -14,15 +14,14 @@ import numpy as np
 from colabtools.errors import ConfigError, ModelError
 from colabtools.fields import check, check_choice, check_whole
 from colabtools.images import Encoded, load_upright
+from colabtools.vit.config import DECODINGS, FITS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-__all__ = ["DECODINGS", "FITS", "Preprocessing"]
+__all__ = ["Preprocessing"]
 
-FITS = ("resize", "crop", "pad")
-DECODINGS = ("exact", "fast")
 # By Pillow's numbers, which configurations give.
 # Source: PIL.Image.Resampling.
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
