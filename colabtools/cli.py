@@ -31,6 +31,7 @@ from colabtools.dreambooth.config import (
 from colabtools.dreambooth.train_config import TrainConfig
 from colabtools.errors import ColabToolsError
 from colabtools.storage import size_text
+from colabtools.vit.config import ClassifyConfig, EmbedConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_INSTALL = "install the extras: pip install 'colabtools[dreambooth,notebook]'"
+_INSTALL = "install the extras: pip install 'colabtools[dreambooth,notebook,vit]'"
 _NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)[eE][+-]?\d+|-inf|-nan", re.IGNORECASE)
 _NUMBERS = {int: "a whole number", float: "a number"}
 
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_session(verbs, shared)
     _add_inspect(verbs, shared)
     _add_dreambooth(verbs, shared)
+    _add_vit(verbs, shared)
     return parser
 
 
@@ -221,6 +223,27 @@ def _add_dreambooth(verbs: Any, shared: argparse.ArgumentParser) -> None:
     add("generate", GenerateConfig, _generate, "draw with the trained session")
     add("evaluate", EvaluateConfig, _evaluate, "judge subject and prompts by DINO and CLIP")
     add("export", ExportConfig, _export, "write the trained model as one file")
+
+
+def _add_vit(verbs: Any, shared: argparse.ArgumentParser) -> None:
+    text = "classify, embed and search pictures with a vision transformer"
+    pillar = verbs.add_parser("vit", help=text, description=text)
+    steps = pillar.add_subparsers(metavar="VERB", required=True)
+
+    def add(verb: str, config: type[Any], call: Callable[[Any], object], text: str) -> None:
+        """Add a verb; what its config calls `src` is an operand."""
+        parser = steps.add_parser(verb, parents=[shared], help=text, description=text)
+        parser.add_argument("src", metavar="SRC", help=_field_texts(config)["src"])
+        _add_fields(parser, config, but=("src",))
+
+        def run(args: argparse.Namespace) -> None:
+            names = [field.name for field in fields(config)]
+            _print(call(config(**{name: getattr(args, name) for name in names})))
+
+        parser.set_defaults(run=run)
+
+    add("classify", ClassifyConfig, _classify, "name what each picture shows, in one table")
+    add("embed", EmbedConfig, _embed, "make a vector of each picture, in one folder")
 
 
 @contextmanager
@@ -352,17 +375,31 @@ def _export(workspace: drive.Workspace, session: str, config: Any) -> object:
     return [file.path for file in export(workspace, session, config)]
 
 
+def _classify(config: Any) -> object:
+    from colabtools.vit.classify import classify
+
+    return classify(config).line()
+
+
+def _embed(config: Any) -> object:
+    from colabtools.vit.embed import embed
+
+    return embed(config).line()
+
+
 def _print(result: object) -> None:
     lines = result if isinstance(result, list) else [result]
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     sys.stdout.flush()
 
 
-def _add_fields(parser: argparse.ArgumentParser, config: type[Any]) -> None:
+def _add_fields(
+    parser: argparse.ArgumentParser, config: type[Any], *, but: Sequence[str] = ()
+) -> None:
     """Add one option for each field of a config, with its default and its docstring's text."""
     hints = typing.get_type_hints(config)
     texts = _field_texts(config)
-    for field in fields(config):
+    for field in (field for field in fields(config) if field.name not in but):
         options: dict[str, Any] = {"dest": field.name, "help": texts.get(field.name, "")}
         if field.default is MISSING:
             options["required"] = True
@@ -407,11 +444,14 @@ def _parse(kind: Any, *, auto: bool = False) -> Callable[[str], Any]:
 
 
 def _field_texts(config: type[Any]) -> dict[str, str]:
-    """Return what the `Attributes` section of a config's docstring says of each field."""
-    _, _, section = (inspect.getdoc(config) or "").partition("Attributes:")
-    entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", section, flags=re.MULTILINE)
-    # argparse reads % as a format.
-    return {name: " ".join(text.split()).replace("%", "%%") for name, text in entries}
+    """Return what `Attributes` of the docstrings of a config and its bases says of each field."""
+    texts: dict[str, str] = {}
+    for kind in reversed(config.__mro__):
+        _, _, section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:")
+        entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", section, flags=re.MULTILINE)
+        # argparse reads % as a format.
+        texts |= {name: " ".join(text.split()).replace("%", "%%") for name, text in entries}
+    return texts
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class RunConfig(ModelConfig):
         restart: forget what an earlier run left.
     """
 
-    src: str = ""
+    src: str
     column: str = "auto"
     batch_size: int = 0
     workers: int = 0
@@ -119,7 +119,7 @@ class ClassifyConfig(RunConfig):
         top_k: classes kept of each picture.
     """
 
-    out: str = ""
+    out: str
     top_k: int = 5
 
     def __post_init__(self) -> None:
@@ -148,7 +148,7 @@ class EmbedConfig(RunConfig):
         vector_dtype: float16 or float32.
     """
 
-    out: str = ""
+    out: str
     layers: tuple[int, ...] = (-1,)
     pooling: str = "cls"
     norm: bool = True

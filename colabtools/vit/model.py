@@ -151,9 +151,13 @@ class Model:
             norm=ask.norm,
             pooling=ask.pooling,
             normalized=normalized,
-            dim=len(ask.layers) * self.sizes.embed_dim,
+            dim=self.width(ask),
             preprocessing=self.preprocessing.to_json(),
         )
+
+    def width(self, ask: Ask) -> int:
+        """Return how many numbers an answer has: D times layers, or K."""
+        return len(ask.layers) * self.sizes.embed_dim if ask.layers else self.sizes.num_classes
 
     def require_head(self) -> None:
         """Refuse a model that cannot classify.
@@ -173,8 +177,7 @@ class Model:
         items: list[Any] = [pictures]
         if isinstance(pictures, Sequence) and not isinstance(pictures, (str, Encoded)):
             items = list(pictures)
-        width = len(ask.layers) * self.sizes.embed_dim if ask.layers else len(self.labels)
-        found = [np.empty((0, width), np.float32)]
+        found = [np.empty((0, self.width(ask)), np.float32)]
         for start in range(0, len(items), _BATCH):
             pixels = [self._pixels(item) for item in items[start : start + _BATCH]]
             found.append(self.backend.start(np.stack(pixels), ask)())
