@@ -1,20 +1,32 @@
-"""A folder that behaves like Google Drive on a bad day, for every test that wants one."""
+"""What every test may want: logging as it was, and a folder like Google Drive on a bad day."""
 
 from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from colabtools import storage
+from colabtools import report, storage
 from colabtools.dreambooth import lease
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """Quiet and logging as they were: a command changes both for its whole process."""
+    logger = logging.getLogger("colabtools")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    report.set_quiet(False)
+    logger.handlers[:], level, logger.propagate = before
+    logger.setLevel(level)
 
 
 class FlakyFolder:

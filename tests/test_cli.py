@@ -6,12 +6,11 @@ import argparse
 import importlib
 import inspect
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,15 +36,11 @@ Seen = list[tuple[Path, str, Any]]
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder that we are in; logging and progress are as they were afterwards."""
-    logger = logging.getLogger("colabtools")
-    before = logger.handlers[:], logger.level, logger.propagate
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that we are in."""
     (tmp_path / "my place").mkdir()
     monkeypatch.chdir(tmp_path / "my place")
-    yield tmp_path / "my place"
-    logger.handlers[:], logger.level, logger.propagate = before
-    report.set_quiet(False)
+    return tmp_path / "my place"
 
 
 @pytest.fixture
@@ -468,7 +463,7 @@ def test_a_missing_library_is_told_with_what_installs_it(
     monkeypatch.setitem(sys.modules, "papermill", None)
     notebook = headless.find_notebook("dreambooth_training")
     assert cli.main(["run", str(notebook)]) == 1
-    assert "pip install 'colabtools[dreambooth,notebook]'" in capsys.readouterr().err
+    assert "pip install 'colabtools[dreambooth,notebook,vit]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", ["peft", "torch"])
@@ -483,7 +478,7 @@ def test_a_library_of_training_that_is_missing_is_told_the_same_way(
     assert cli.main(["dreambooth", "train", "--session", "dog"]) == 1
     error = capsys.readouterr().err
     assert f"import of {module} halted" in error
-    assert "pip install 'colabtools[dreambooth,notebook]'" in error
+    assert "pip install 'colabtools[dreambooth,notebook,vit]'" in error
 
 
 def test_a_missing_library_that_was_explained_is_not_explained_again(

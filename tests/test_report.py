@@ -6,7 +6,6 @@ import logging
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,17 +27,6 @@ class Clock:
     def __call__(self) -> float:
         """The time that the test set."""
         return self.now_s
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """Quiet and logging as they were."""
-    logger = logging.getLogger("colabtools")
-    before = list(logger.handlers), logger.level, logger.propagate
-    yield
-    report.set_quiet(False)
-    logger.handlers[:], logger.level, logger.propagate = before
-    logger.setLevel(before[1])
 
 
 def test_plain_lines_are_the_first_the_last_and_one_each_interval(
